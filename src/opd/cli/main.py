@@ -1,0 +1,295 @@
+"""Which commands there are, how their words are read, and how mistakes are told.
+
+Imports nothing heavy: help, listings and errors in a run file must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from opd import __version__
+from opd.errors import ConfigError, OpdError, TrainingError, nearest
+
+USAGE_ERROR, TRAINING_ERROR, INTERRUPTED = 2, 1, 130
+
+SECTIONS = (
+    "student",
+    "teacher",
+    "data",
+    "method",
+    "sampler",
+    "warmup",
+    "train",
+    "evaluate",
+    "log",
+)
+PLAIN_KEYS = ("name", "output", "seed", "device", "threads", "method")
+"""Keys of a run file that stand in no section, and `method`, which is short for `method.name`."""
+
+OVERRIDES = """\
+Any key of the run file can be given as --section.key VALUE, for instance
+  --train.steps 50   --student.model path-or-hub-id   --method vopd   --seed 3
+"""
+
+EXAMPLES = """\
+examples:
+  opd run                              distil the embedded default, in about a minute
+  opd init && opd run my_run.toml      begin with a run file of your own
+  opd run my_run.toml --train.steps 50 --student.model path-or-hub-id
+  opd run --resume runs/my_run         go on after an interruption
+  opd explain vopd                     what a method computes, and where it is from
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises `ConfigError` and knows the names of its flags."""
+
+    def __init__(self, command: str, description: str, *, overrides: bool = False) -> None:
+        super().__init__(
+            prog=f"opd {command}",
+            description=description,
+            epilog=OVERRIDES if overrides else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.flags = ["--help", "--debug"]
+        self.overrides = overrides
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def flag(self, name: str, help: str, *, metavar: str = "", default: str | None = None) -> None:
+        """An option with a text value, or without a metavar a switch."""
+        self.flags.append(name)
+        if metavar:
+            self.add_argument(name, metavar=metavar, default=default, help=help)
+        else:
+            self.add_argument(name, action="store_true", help=help)
+
+    def number(self, name: str, help: str, *, default: int | None = None) -> None:
+        """An option with a whole number >= 1."""
+        self.flags.append(name)
+        self.add_argument(name, type=_at_least_one, metavar="N", default=default, help=help)
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """The command's arguments; `overrides` holds what belongs to the run file.
+
+        Raises:
+            ConfigError: names what cannot be understood, and the nearest flag.
+        """
+        own, overrides = split_overrides(words) if self.overrides else (list(words), [])
+        arguments, unknown = self.parse_known_args(own)
+        if unknown:
+            valid = [*self.flags]
+            if self.overrides:
+                valid += [f"--{key}" for key in (*PLAIN_KEYS, *SECTIONS)]
+            raise ConfigError(
+                f"{self.prog} has no option {unknown[0]!r}. {nearest(unknown[0], valid)}"
+                if unknown[0].startswith("-")
+                else f"{self.prog} takes no further argument, got {unknown[0]!r}"
+            )
+        arguments.overrides = overrides
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's own words, and those that are `--section.key VALUE` or a plain key."""
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key = word[2:].partition("=")[0] if word.startswith("--") else ""
+        if "." in key or key in PLAIN_KEYS:
+            overrides.append(word)
+            if "=" not in word and rest and not rest[0].startswith("--"):
+                overrides.append(rest.pop(0))
+        else:
+            own.append(word)
+    return own, overrides
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the module of `opd.cli` whose `main` does it, and how its words are read."""
+
+    module: str
+    summary: str
+    add: Callable[[Parser], None]
+    overrides: bool = False
+
+    def parser(self, name: str) -> Parser:
+        parser = Parser(name, self.summary, overrides=self.overrides)
+        self.add(parser)
+        return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after `opd`; those of the process if not given.
+
+    Returns:
+        The exit code: 0; 2 for a mistake the user can mend; 1 for a run that had to stop; 130
+        after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except (OpdError, OSError, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read our output, `head` say, is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if "--debug" in words:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            print("stopped", file=sys.stderr)
+            return INTERRUPTED
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return TRAINING_ERROR if isinstance(error, TrainingError) else USAGE_ERROR
+
+
+def _dispatch(words: list[str]) -> int:
+    if words == ["--debug"]:
+        words = []
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        print(f"opd {__version__}")
+        return 0
+    if words[0] == "--debug":
+        words = [*words[1:], words[0]]
+    name, *rest = words
+    if name not in COMMANDS:
+        raise ConfigError(f"there is no command {name!r}. {nearest(name, COMMANDS)}")
+    command = COMMANDS[name]
+    arguments = command.parser(name).read(rest)
+    module = importlib.import_module(f"opd.cli.{command.module}")
+    code: int = module.main(arguments)
+    return code
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and not isinstance(error, OpdError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "usage: opd COMMAND ...\n\n"
+        "On-policy distillation of language models.\n\n"
+        "commands:\n" + "\n".join(lines) + "\n\n"
+        f"{EXAMPLES}\n"
+        "`opd COMMAND --help` explains a command; --debug shows the traceback of an error."
+    )
+
+
+def _at_least_one(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return number
+
+
+# --------------------------------------------------------------------------------------------
+# The words of each command
+
+
+def _file(parser: Parser) -> None:
+    parser.add_argument(
+        "file", nargs="?", metavar="RUN.toml", help="a run file; without one, the embedded default"
+    )
+
+
+def _json(parser: Parser) -> None:
+    parser.flag("--json", "print a list of objects in place of a table")
+
+
+def _run(parser: Parser) -> None:
+    _file(parser)
+    parser.flag("--resume", "continue this run folder from its last checkpoint", metavar="FOLDER")
+    _json(parser)
+
+
+def _init(parser: Parser) -> None:
+    parser.add_argument("file", nargs="?", default="my_run.toml", metavar="FILE")
+
+
+def _check(parser: Parser) -> None:
+    _file(parser)
+    _json(parser)
+
+
+def _explain(parser: Parser) -> None:
+    parser.add_argument(
+        "what",
+        nargs="?",
+        metavar="RUN.toml|METHOD",
+        help="a run file or a method's name; without one, the embedded default",
+    )
+    _json(parser)
+
+
+def _list(parser: Parser) -> None:
+    parser.add_argument("what", metavar="methods|formulas|tasks|runs")
+    parser.flag("--output", "folder of the run folders", metavar="FOLDER", default="runs")
+    _json(parser)
+
+
+def _eval(parser: Parser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="a run folder, or a model folder or hub id")
+    parser.flags.append("--set")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="prompts to measure on, as in data.prompts; may be repeated. "
+        "Default for a run folder: its test prompts and evaluate.sets",
+    )
+    parser.number("--samples", "responses per prompt at temperature 1 (default 8)", default=8)
+    parser.flag("--k", "for pass@k (default 1,4,8 as far as --samples goes)", metavar="K,K")
+    parser.number("--limit", "at most that many prompts per set")
+    _json(parser)
+
+
+def _sample(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.number("--prompts", "so many test prompts (default 4)", default=4)
+    _json(parser)
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command("run", "distil a student; shows what it does", _run, overrides=True),
+    "init": Command("init", "write a run file that works, to edit", _init),
+    "eval": Command(
+        "evaluate", "measure a run or a model: greedy, mean@n, pass@k", _eval, overrides=True
+    ),
+    "sample": Command("sample", "start, end and teacher side by side on the same prompts", _sample),
+    "check": Command(
+        "check", "all that can be known before weights load, and the memory", _check, overrides=True
+    ),
+    "explain": Command(
+        "explain", "the nine variables, formulas and passes of a run", _explain, overrides=True
+    ),
+    "list": Command("listing", "methods, formulas, tasks or runs", _list),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

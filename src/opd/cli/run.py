@@ -1,0 +1,140 @@
+"""`opd run`: distil, show what happens, say where everything is and what to try next."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from opd.cli.output import console, duration, interval, number, print_json, table
+from opd.errors import ConfigError
+from opd.training.config import Run, load
+
+INTERRUPTED = 130
+
+
+def main(arguments: Namespace) -> int:
+    """Train, or continue a run folder."""
+    run = load_run(arguments)
+    # The torch import, one second or two, comes after the run file has been checked.
+    from opd.cli.live import Track, open_view
+    from opd.training.loop import StepReport, train_run
+    from opd.training.session import open_session
+
+    screen = console(stderr=arguments.json)
+    resume = arguments.resume
+    report: StepReport | None = None
+    track = Track({})
+    with open_view(track, screen) as view:
+        view.doing(f"loading models and prompts ({run.source})")
+        session = open_session(run)
+        track.phases = {phase.name: phase for phase in session.phases}
+        view.doing(_first_act(run, resume))
+        try:
+            for report in train_run(run, resume=resume, session=session):
+                track.add(report)
+                if report.summary is None:
+                    view.show()
+                coming = _next_act(report)
+                if coming:
+                    view.doing(coming)
+        except KeyboardInterrupt:
+            interrupted = True
+        else:
+            interrupted = False
+    folder = report.folder if report else Path(resume) if resume else None
+    if interrupted:
+        print(_how_to_go_on(folder), file=sys.stderr)
+        return INTERRUPTED
+    assert report is not None
+    assert report.summary is not None
+    if arguments.json:
+        print_json([{"folder": str(report.folder), **report.summary}])
+    else:
+        print_outcome(screen, report.folder, report.summary, arguments.file)
+    return 0
+
+
+def load_run(arguments: Namespace) -> Run:
+    """The run file, or the folder to continue, with the command line's settings."""
+    if arguments.resume is None:
+        return load(arguments.file, arguments.overrides)
+    if arguments.file is not None:
+        raise ConfigError(
+            f"--resume {arguments.resume} brings its own settings; leave out {arguments.file}"
+        )
+    if not Path(arguments.resume).is_dir():
+        raise ConfigError(
+            f"there is no run folder {arguments.resume}; `opd list runs` shows those there are"
+        )
+    return load(arguments.resume, arguments.overrides)
+
+
+def print_outcome(
+    screen: Console, folder: Path, summary: Mapping[str, Any], file: str | None
+) -> None:
+    """Start, end, teacher, gain, cost; where everything is; one thing to try next."""
+    figures = table("", "accuracy", "95 % interval", "prompts", right=("accuracy", "prompts"))
+    start, end = summary["start_accuracy"], summary["final_accuracy"]
+    for who, score in (("start", start), ("end", end), ("teacher", summary["teacher_accuracy"])):
+        if score and score["value"] is not None:
+            figures.add_row(who, number(score["value"]), interval(score), f"{score['n']:,}")
+    if summary["gain"] is not None:
+        figures.add_row("gain", f"{summary['gain']:+.3f}")
+    if figures.row_count:
+        screen.print(figures)
+    else:
+        screen.print("no accuracy: the prompts have neither answers nor a verifier")
+    screen.print(
+        f"{summary['method']}: {duration(summary['seconds'])}, {summary['tokens']:,} tokens, "
+        f"{summary['peak_mb']:,.0f} MB at the peak"
+    )
+    for note in summary["notes"]:
+        screen.print(f"note: {note}")
+    screen.print(
+        f"\nEverything is in {folder}: model/ (the student), curves.png, samples.jsonl, "
+        "summary.json",
+        soft_wrap=True,
+    )
+    screen.print(f"Next: {_what_to_try(folder, summary, file)}", soft_wrap=True)
+
+
+def _what_to_try(folder: Path, summary: Mapping[str, Any], file: str | None) -> str:
+    again = "opd run" + (f" {file}" if file else "")
+    gain = summary["gain"]
+    if gain is not None and gain <= 0:
+        return f"no gain; try another learning rate: {again} --train.learning_rate VALUE"
+    if file is None and summary["method"] == "reverse_kl_opd":
+        return f"see what changed: opd sample {folder}; or another method: {again} --method vopd"
+    return f"see what changed: opd sample {folder}"
+
+
+def _how_to_go_on(folder: Path | None) -> str:
+    from opd.training.checkpoint import find_checkpoints
+    from opd.training.folder import RunFolder
+
+    if folder is None:
+        return "stopped before the first step; nothing was lost"
+    found = find_checkpoints(RunFolder(folder))
+    saved = f"saved in {found[-1].path}" if found else "nothing was saved yet"
+    return f"stopped; {saved}. Continue with: opd run --resume {folder}"
+
+
+def _first_act(run: Run, resume: str | None) -> str:
+    if resume:
+        return f"continuing {resume}"
+    return "warming up" if run.config.warmup.steps else MEASURING_START
+
+
+MEASURING_START = "measuring student and teacher before the first step"
+
+
+def _next_act(report: Any) -> str:
+    """What the loop does after this report, where it takes a while and is no step."""
+    if report.summary is not None or report.step < report.steps:
+        return ""
+    return MEASURING_START if report.phase == "warmup" else "measuring the end and saving the model"

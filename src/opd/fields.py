@@ -1,0 +1,139 @@
+"""The closed table of what a formula may ask for by the name of a positional argument.
+
+A formula's signature is its declaration: `reverse_kl(student_log_probs, teacher_log_probs)` needs
+both distributions on its term's support, `return_to_go(reward, mask)` needs whole responses and
+is therefore coupled. From these names follow the passes a step makes and what a teacher must
+return.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any, Literal
+
+Side = Literal["none", "student", "view", "both"]
+Scope = Literal["none", "sampled", "support", "top"]
+
+EXTRA_PREFIX = "extra_"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One row of the table.
+
+    Attributes:
+        shape: as the formula receives it; `*n` is any leading shape of response tokens.
+        meaning: one line.
+        side: whose distribution must be known: the student's, the view's, both or none.
+        scope: how much of it: the sampled token, the term's support, or its own top ids.
+        coupled: the value depends on other tokens than the row's own, so a formula that
+            takes it runs in the signal phase.
+        provider: a record (`rollout`, `student`, `view`), the slot before (`term`), or the
+            qualified name of the formula that computes the field on a support.
+    """
+
+    shape: str
+    meaning: str
+    side: Side = "none"
+    scope: Scope = "none"
+    coupled: bool = False
+    provider: str = "rollout"
+
+
+FIELDS: MappingProxyType[str, Field] = MappingProxyType(
+    {
+        "tokens": Field("*n", "the token that was chosen"),
+        "provenance": Field("*n", "who chose it"),
+        "special": Field("*n", "a special token other than an end token"),
+        "position": Field("*n", "index of the token within its response"),
+        "sampler_logp": Field("*n", "log-probability under the engine that generated"),
+        "old_logp": Field(
+            "*n", "log-probability under the trainer's weights at rollout time", provider="rollout"
+        ),
+        "student_logp": Field("*n", "log-probability now", "student", "sampled", False, "student"),
+        "teacher_logp": Field(
+            "*n", "log-probability by the view", "view", "sampled", False, "view"
+        ),
+        "student_log_probs": Field(
+            "*n K", "the student on the support", "student", "support", False, "student"
+        ),
+        "teacher_log_probs": Field(
+            "*n K", "the view on the support", "view", "support", False, "view"
+        ),
+        "student_top_ids": Field(
+            "*n K", "the student's likeliest tokens", "student", "top", False, "student"
+        ),
+        "teacher_top_ids": Field(
+            "*n K", "the view's likeliest tokens", "view", "top", False, "view"
+        ),
+        "reverse_kl": Field(
+            "*n",
+            "KL(student || view) on the support",
+            "both",
+            "support",
+            False,
+            "opd.formula.divergence.reverse_kl",
+        ),
+        "forward_kl": Field(
+            "*n",
+            "KL(view || student) on the support",
+            "both",
+            "support",
+            False,
+            "opd.formula.divergence.forward_kl",
+        ),
+        "student_entropy": Field(
+            "*n",
+            "entropy of the student on the support",
+            "student",
+            "support",
+            False,
+            "opd.formula.divergence.student_entropy",
+        ),
+        "teacher_entropy": Field(
+            "*n",
+            "entropy of the view on the support",
+            "view",
+            "support",
+            False,
+            "opd.formula.divergence.teacher_entropy",
+        ),
+        "reward": Field("*n", "the term's reward", provider="term"),
+        "advantage": Field("*n", "reward after credit and baseline", provider="term"),
+        "mask": Field("B T", "True where a loss may look", coupled=True),
+        "group": Field("B", "index of the prompt within the batch", coupled=True),
+        "verdict": Field("B", "the verifier's score of the response", coupled=True),
+    }
+)
+
+
+@cache
+def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a formula's positional arguments, in order, each checked against the table.
+
+    Raises:
+        ValueError: an argument that is not in `FIELDS` and does not start with `extra_`.
+    """
+    names = tuple(
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind
+        in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    )
+    for name in names:
+        if name not in FIELDS and not name.startswith(EXTRA_PREFIX):
+            raise ValueError(
+                f"{function.__module__}.{function.__qualname__} asks for {name!r}, which is no "
+                f"field; a formula's positional arguments are fields ({', '.join(FIELDS)} or "
+                f"{EXTRA_PREFIX}NAME), its knobs are keyword-only"
+            )
+    return names
+
+
+def is_coupled(function: Callable[..., Any]) -> bool:
+    """Whether a formula reads more than its own row."""
+    return any(name in FIELDS and FIELDS[name].coupled for name in positional_names(function))

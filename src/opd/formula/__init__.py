@@ -1,0 +1,1 @@
+"""The formulas: one equation, one function, unreduced. Import torch and nothing of the loop."""

@@ -1,0 +1,575 @@
+"""The local rollout engine: samples responses from a model in this process.
+
+Two paths produce the same logits. The *generic* path calls the model's own backbone with its own
+key-value cache, so it works for every causal language model, live adapters included. The *fast*
+path (`fast.py`) re-implements decoding for Llama-like shapes. Everything after the logits (drawing,
+ending, recording) is shared.
+
+A call proceeds in blocks of decode steps. Within a block nothing is read back from the device;
+between blocks rows that have ended are recorded and, when enough of them have gathered, dropped.
+Randomness is one uniform number per row of the *whole* batch and step, so a row's draws do not
+depend on which other rows are still alive.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor, nn
+
+from opd.errors import ConfigError, DataError, TrainingError
+from opd.models import LoadedModel, backbone, project, unembedding
+from opd.rollout.fast import FastDecoder, left_padded, why_not_fast, widened
+from opd.types import STOP_REASONS, Prompt, Provenance, Rollout, SamplerSettings
+
+__all__ = ["LocalSampler"]
+
+BLOCK_STEPS = 4
+"""Decode steps between two looks at which rows have ended."""
+
+DROP_BELOW = 0.75
+"""Ended rows are dropped once at most this share of the decoded rows is alive."""
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """A model with a key-value cache: one row per response."""
+
+    def prefill(
+        self, prompts: Sequence[tuple[int, ...]], rows: Int[Tensor, " B"], room: int
+    ) -> Float[Tensor, "B V"]:
+        """Read the prompts, give row b a copy of prompt `rows[b]`; logits of the first token.
+
+        `room` is how many `step` calls may follow.
+        """
+        ...
+
+    def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+        """Append one token to every row; logits of the next one."""
+        ...
+
+    def keep(self, rows: Int[Tensor, " A"]) -> None:
+        """Drop every row but these."""
+        ...
+
+
+class LocalSampler:
+    """Samples responses from a model in this process. Implements `opd.types.Sampler`.
+
+    The weights are read anew at every call, so an optimizer may change them in between. The model
+    is sampled without dropout and without gradients, and left in the mode it was found in.
+
+    Args:
+        loaded: the model, its tokenizer and its end tokens.
+        fast: True insists on the fast path, False on the generic one; None takes the fast path
+            wherever it supports the model. `path` and `path_reason` tell which it is.
+        provenance: whose tokens these are: `STUDENT`, or `TEACHER` when a teacher writes.
+
+    Raises:
+        ConfigError: no end token is known, or `fast=True` for a model it does not support.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        fast: bool | None = None,
+        provenance: Provenance = Provenance.STUDENT,
+    ) -> None:
+        if not loaded.eos_ids:
+            raise ConfigError(
+                "the model has no end-of-sequence token, so no response could end by itself; set "
+                "eos_token_id in its generation_config.json or give its tokenizer an eos_token"
+            )
+        self._loaded = loaded
+        self._provenance = provenance
+        obstacle = why_not_fast(loaded.model, unembedding(loaded.model, loaded.vocab_size))
+        if fast and obstacle:
+            raise ConfigError(
+                f"fast=True, but the fast path does not support this model: {obstacle}; "
+                "use fast=None to take the generic path"
+            )
+        self._fast = obstacle is None if fast is None else fast
+        self._reason = (
+            "asked for" if fast is not None else obstacle or "a Llama-like shape with plain weights"
+        )
+
+    @property
+    def path(self) -> str:
+        """`fast` or `generic`."""
+        return "fast" if self._fast else "generic"
+
+    @property
+    def path_reason(self) -> str:
+        """Why `path` is what it is."""
+        return self._reason
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        settings: SamplerSettings,
+        *,
+        generator: torch.Generator,
+        policy_version: int = 0,
+    ) -> Rollout:
+        """Sample `settings.samples_per_prompt` responses to every prompt.
+
+        Responses are ordered prompt by prompt. A response ends with its end token, with the token
+        that completes a stop string, or at `settings.max_new_tokens`.
+
+        Args:
+            prompts: prompts of any lengths; equal ones are read once.
+            settings: temperature first, then top-k, then top-p within what top-k kept.
+            generator: the only source of randomness; lives on any device.
+            policy_version: optimizer steps the weights have seen, written beside every token.
+
+        Returns:
+            A rollout whose `sampler_logp` is the log-probability under the distribution sampled
+            from (0 everywhere when greedy), and whose verdicts are NaN.
+
+        Raises:
+            DataError: no prompts, or an empty one.
+            TrainingError: out of memory.
+        """
+        _check_prompts(prompts)
+        self._check_settings(settings)
+        model = self._loaded.model
+        # a model may cache tensors in its forward, and training could not use inference tensors
+        gradients_off = torch.inference_mode() if self._fast else torch.no_grad()
+        with gradients_off, _evaluation_mode(model), _memory_advice(prompts, settings):
+            written = _Written(len(prompts), settings, self._device)
+            for batch in self._batches(prompts, settings.samples_per_prompt):
+                decoder = self._decoder(batch)
+                _decode(decoder, batch, written, settings, self._loaded, generator)
+        return self._rollout(prompts, written, settings, policy_version)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._loaded.model.parameters()).device
+
+    def _check_settings(self, settings: SamplerSettings) -> None:
+        if settings.student_top_k > self._loaded.vocab_size:
+            raise ConfigError(
+                f"sampler.student_top_k is {settings.student_top_k}, but the model knows only "
+                f"{self._loaded.vocab_size} tokens; lower it"
+            )
+
+    def _batches(self, prompts: Sequence[Prompt], repeats: int) -> Iterator[_Batch]:
+        """All prompts at once; for a recurrent model, whose state padding would change, those
+        of one length after the other."""
+        if not getattr(backbone(self._loaded.model), "_is_stateful", False):
+            yield _Batch.of(prompts, range(len(prompts)), repeats)
+            return
+        for length in sorted({len(prompt.prompt_ids) for prompt in prompts}):
+            same = [i for i, prompt in enumerate(prompts) if len(prompt.prompt_ids) == length]
+            yield _Batch.of(prompts, same, repeats)
+
+    def _decoder(self, batch: _Batch) -> Decoder:
+        if not self._fast:
+            return _GenericDecoder(self._loaded, batch.model_inputs)
+        if batch.model_inputs:
+            raise ConfigError(
+                f"prompts carry model inputs ({', '.join(batch.model_inputs)}), which the fast "
+                "path does not read; use LocalSampler(..., fast=False)"
+            )
+        model = self._loaded.model
+        return FastDecoder(model, unembedding(model, self._loaded.vocab_size))
+
+    def _rollout(
+        self,
+        prompts: Sequence[Prompt],
+        written: _Written,
+        settings: SamplerSettings,
+        policy_version: int,
+    ) -> Rollout:
+        longest = int(written.lengths.max())
+        steps = torch.arange(longest, device=self._device)
+        mask = steps < written.lengths[:, None]
+        top_ids = written.top_ids
+        repeats = settings.samples_per_prompt
+        records = tuple(prompt for prompt in prompts for _ in range(repeats))
+        group = torch.arange(len(prompts), device=self._device).repeat_interleave(repeats)
+        return Rollout(
+            prompt_ids=tuple(record.prompt_ids for record in records),
+            tokens=torch.where(mask, written.tokens[:, :longest], self._loaded.pad_id),
+            mask=mask,
+            provenance=torch.where(mask, int(self._provenance), int(Provenance.PADDING)),
+            sampler_logp=torch.where(mask, written.logp[:, :longest], 0.0),
+            policy_version=torch.where(mask, policy_version, -1),
+            group=group,
+            stop_reason=written.stop_reason,
+            verdict=torch.full((len(records),), float("nan"), device=self._device),
+            sampler_top_ids=None
+            if top_ids is None
+            else torch.where(mask[..., None], top_ids[:, :longest], 0),
+            prompts=records,
+            model_inputs=tuple(record.model_inputs for record in records),
+        )
+
+
+# --------------------------------------------------------------------------------------------
+# The batch and what is written about it
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """B responses to write. Equal prompts without further inputs are read once.
+
+    Attributes:
+        rows: for each response its index among all that were asked for.
+        unique: the distinct prompts, as token ids.
+        unique_of: for each response the index of its prompt in `unique`.
+        model_inputs: further inputs of the model, concatenated over `unique`.
+    """
+
+    rows: tuple[int, ...]
+    unique: tuple[tuple[int, ...], ...]
+    unique_of: tuple[int, ...]
+    model_inputs: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], indices: Sequence[int], repeats: int) -> _Batch:
+        """`repeats` responses to each of the prompts at `indices`."""
+        number: dict[Any, int] = {}
+        chosen: list[Prompt] = []
+        unique_of: list[int] = []
+        for index in indices:
+            prompt = prompts[index]
+            key = (prompt.prompt_ids, index if prompt.model_inputs else None)
+            if key not in number:
+                number[key] = len(chosen)
+                chosen.append(prompt)
+            unique_of += [number[key]] * repeats
+        return cls(
+            rows=tuple(i * repeats + sample for i in indices for sample in range(repeats)),
+            unique=tuple(prompt.prompt_ids for prompt in chosen),
+            unique_of=tuple(unique_of),
+            model_inputs=_join_inputs(chosen),
+        )
+
+
+def _join_inputs(prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
+    names = {name for prompt in prompts for name in prompt.model_inputs}
+    for prompt in prompts:
+        if missing := sorted(names - set(prompt.model_inputs)):
+            raise DataError(
+                f"prompt {prompt.id!r} has no model input {missing[0]!r}, but others in its batch "
+                "do; give it to every prompt of a batch or to none"
+            )
+    return {name: torch.cat([prompt.model_inputs[name] for prompt in prompts]) for name in names}
+
+
+def _check_prompts(prompts: Sequence[Prompt]) -> None:
+    if not prompts:
+        raise DataError("there are no prompts to sample from")
+    for prompt in prompts:
+        if not prompt.prompt_ids:
+            raise DataError(
+                f"prompt {prompt.id!r} has no tokens; give it text, or let the tokenizer add a "
+                "beginning-of-sequence token"
+            )
+
+
+class _Written:
+    """What has been sampled, for every response, on the model's device.
+
+    Beyond `lengths` the entries are whatever the model went on to write, and mean nothing.
+    """
+
+    def __init__(self, n_prompts: int, settings: SamplerSettings, device: torch.device) -> None:
+        rows = n_prompts * settings.samples_per_prompt
+        shape = (rows, settings.max_new_tokens)
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        self.logp = torch.zeros(shape, device=device)
+        k = settings.student_top_k
+        self.top_ids = torch.zeros((*shape, k), dtype=torch.long, device=device) if k else None
+        self.lengths = torch.full((rows,), settings.max_new_tokens, device=device)
+        self.reason = torch.full((rows,), STOP_REASONS.index("length"), device=device)
+
+    @property
+    def stop_reason(self) -> tuple[str, ...]:
+        return tuple(STOP_REASONS[index] for index in self.reason.tolist())
+
+
+# --------------------------------------------------------------------------------------------
+# The loop
+
+
+def _decode(
+    decoder: Decoder,
+    batch: _Batch,
+    written: _Written,
+    settings: SamplerSettings,
+    loaded: LoadedModel,
+    generator: torch.Generator,
+) -> None:
+    """Sample every response of a batch into `written`."""
+    device = written.tokens.device
+    rows = torch.tensor(batch.rows, device=device)  # which responses the decoded rows are
+    drawn = torch.arange(len(rows), device=device)  # which uniform numbers are theirs
+    is_open = torch.ones(len(rows), dtype=torch.bool, device=device)
+    ending = _Ending(settings, loaded, device)
+    limit = settings.max_new_tokens
+
+    logits = decoder.prefill(batch.unique, torch.tensor(batch.unique_of, device=device), limit - 1)
+    tokens = torch.zeros_like(rows)
+    for start in range(0, limit, BLOCK_STEPS):
+        steps = min(BLOCK_STEPS, limit - start)
+        uniform = _uniform(steps, len(batch.rows), generator, device)[:, drawn, None]
+        block = _Block()
+        for step in range(steps):
+            if start + step > 0:
+                logits = decoder.step(tokens)
+            tokens = block.draw(logits, uniform[step], settings)
+        block.write(written, rows, start)
+        is_open &= ~ending.record(written, rows, is_open, start, start + steps)
+        n_open = int(is_open.sum())
+        if n_open == 0:
+            return
+        if n_open <= DROP_BELOW * len(rows) and start + steps < limit:
+            kept = is_open.nonzero().squeeze(1)
+            decoder.keep(kept)
+            rows, drawn, is_open, tokens = (x[kept] for x in (rows, drawn, is_open, tokens))
+
+
+def _uniform(
+    steps: int, rows: int, generator: torch.Generator, device: torch.device
+) -> Float64[Tensor, "steps rows"]:
+    """Uniform numbers in [0, 1), in float64 so that a rare token has its exact share."""
+    uniform = torch.rand(
+        steps, rows, dtype=torch.float64, generator=generator, device=generator.device
+    )
+    return uniform.to(device) * (1 - 2**-50)  # `uniform * total` rounds to less than `total`
+
+
+class _Block:
+    """The decode steps between two looks at which rows have ended."""
+
+    def __init__(self) -> None:
+        self._tokens: list[Int[Tensor, " A"]] = []
+        self._probability: list[Float[Tensor, "A 1"]] = []
+        self._top_ids: list[Int[Tensor, "A K"]] = []
+
+    def draw(
+        self,
+        logits: Float[Tensor, "A V"],
+        uniform: Float64[Tensor, "A 1"],
+        settings: SamplerSettings,
+    ) -> Int[Tensor, " A"]:
+        """Sample one token per row, and note it."""
+        if settings.student_top_k:
+            self._top_ids.append(logits.topk(settings.student_top_k).indices)
+        if settings.temperature == 0:
+            tokens = logits.argmax(-1, keepdim=True)
+            probability = torch.ones_like(tokens, dtype=logits.dtype)
+        else:
+            probabilities = _probabilities(logits, settings)
+            tokens = _inverse_cdf(probabilities, uniform)
+            probability = probabilities.gather(1, tokens)
+        self._probability.append(probability)
+        self._tokens.append(tokens.squeeze(1))
+        return self._tokens[-1]
+
+    def write(self, written: _Written, rows: Int[Tensor, " A"], start: int) -> None:
+        """Copy the block to its place."""
+        steps = slice(start, start + len(self._tokens))
+        written.tokens[rows, steps] = torch.stack(self._tokens, 1)
+        written.logp[rows, steps] = torch.cat(self._probability, 1).log().float()
+        if written.top_ids is not None:
+            written.top_ids[rows, steps] = torch.stack(self._top_ids, 1)
+
+
+def _probabilities(logits: Float[Tensor, "A V"], settings: SamplerSettings) -> Float[Tensor, "A V"]:
+    """The distribution to sample from: temperature, then top-k, then top-p within top-k."""
+    if settings.temperature != 1:
+        logits = logits / settings.temperature
+    if settings.top_p < 1 or 0 < settings.top_k < logits.shape[-1]:
+        logits = _truncate(logits, settings.top_k, settings.top_p)
+    return logits.softmax(-1)
+
+
+def _truncate(logits: Float[Tensor, "A V"], top_k: int, top_p: float) -> Float[Tensor, "A V"]:
+    """-inf on every token that is not among the `top_k` (0: all) or the nucleus of `top_p`."""
+    values, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
+    if top_p < 1:
+        mass = values.softmax(-1, dtype=torch.float64)
+        before = mass.cumsum(-1) - mass  # a token stays where those before it do not suffice
+        values = values.masked_fill(before >= top_p, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter(1, ids, values)
+
+
+def _inverse_cdf(
+    probabilities: Float[Tensor, "A V"], uniform: Float64[Tensor, "A 1"]
+) -> Int[Tensor, "A 1"]:
+    """One draw per row: the first token up to which the mass exceeds `uniform`.
+
+    The sum runs in float64; a token without mass adds nothing to it, so it is never the first.
+    """
+    cumulated = probabilities.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulated, cumulated[:, -1:] * uniform, right=True)
+
+
+class _Ending:
+    """Finds where responses end."""
+
+    def __init__(
+        self, settings: SamplerSettings, loaded: LoadedModel, device: torch.device
+    ) -> None:
+        self._eos_ids = torch.tensor(loaded.eos_ids, device=device)
+        self._stop = settings.stop
+        self._tokenizer = loaded.tokenizer
+
+    def record(
+        self, written: _Written, rows: Tensor, is_open: Bool[Tensor, " A"], start: int, stop: int
+    ) -> Bool[Tensor, " A"]:
+        """Note which rows end within the steps `[start, stop)`, and return which did."""
+        tokens = written.tokens[rows, start:stop]
+        at_eos = (tokens[..., None] == self._eos_ids).any(-1)
+        if not (self._stop or at_eos.any()):
+            return at_eos[:, 0]  # False everywhere
+        steps = torch.arange(start, stop, device=rows.device)
+        end = torch.where(at_eos, steps, stop).amin(1)
+        reason = torch.full_like(end, STOP_REASONS.index("eos"))
+        if self._stop:
+            self._find_stop_strings(written.tokens, rows, is_open, start, end, reason)
+        ended = is_open & (end < stop)
+        written.lengths[rows[ended]] = end[ended] + 1
+        written.reason[rows[ended]] = reason[ended]
+        return ended
+
+    def _find_stop_strings(
+        self,
+        tokens: Int[Tensor, "B T"],
+        rows: Tensor,
+        is_open: Bool[Tensor, " A"],
+        start: int,
+        end: Int[Tensor, " A"],
+        reason: Int[Tensor, " A"],
+    ) -> None:
+        """Bring `end` forward to the token that completes a stop string.
+
+        The whole response is decoded each time, because a piece of it may decode differently.
+        """
+        for index in is_open.nonzero().squeeze(1).tolist():
+            last = int(end[index])
+            response = tokens[rows[index], : last + 1].tolist()
+            if not self._stops(response[:last]):
+                continue
+            first = next(n for n in range(start + 1, last + 1) if self._stops(response[:n]))
+            end[index] = first - 1
+            reason[index] = STOP_REASONS.index("stop_string")
+
+    def _stops(self, response: list[int]) -> bool:
+        text = self._tokenizer.decode(
+            response, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return any(stop in text for stop in self._stop)
+
+
+# --------------------------------------------------------------------------------------------
+# The generic path
+
+
+class _GenericDecoder:
+    """A `Decoder` over the model's own backbone and cache.
+
+    Prompts are padded on the left. Where all have one length there is neither mask nor position
+    to pass, and the model counts by itself.
+    """
+
+    def __init__(self, loaded: LoadedModel, model_inputs: Mapping[str, Tensor]) -> None:
+        self._backbone = backbone(loaded.model)
+        self._head = widened(unembedding(loaded.model, loaded.vocab_size))
+        self._model_inputs = model_inputs
+        forward = inspect.signature(self._backbone.forward).parameters
+        self._takes_positions = "position_ids" in forward
+
+    def prefill(
+        self, prompts: Sequence[tuple[int, ...]], rows: Int[Tensor, " B"], room: int
+    ) -> Float[Tensor, "B V"]:
+        """Read the prompts, give row b a copy of prompt `rows[b]`; logits of the first token."""
+        ids, real = left_padded(prompts, rows.device)
+        positions = (real.cumsum(1) - 1).clamp_min(0)
+        even = bool(real.all())
+        inputs = {} if even else self._placed(real, positions)
+        extra = {name: value.to(rows.device) for name, value in self._model_inputs.items()}
+        output = self._backbone(input_ids=ids, use_cache=True, **inputs, **extra)
+        self._cache = output.past_key_values
+        self._cache.reorder_cache(rows)
+        self._real = None if even else nn.functional.pad(real.long()[rows], (0, room), value=1)
+        self._position = positions[rows, -1:] + 1
+        self._filled = ids.shape[1]
+        return project(output.last_hidden_state[:, -1], self._head)[rows]
+
+    def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+        """Append one token to every row; logits of the next one."""
+        self._filled += 1
+        inputs = (
+            {}
+            if self._real is None
+            else self._placed(self._real[:, : self._filled], self._position)
+        )
+        output = self._backbone(
+            input_ids=tokens[:, None], past_key_values=self._cache, use_cache=True, **inputs
+        )
+        self._position = self._position + 1
+        return project(output.last_hidden_state[:, -1], self._head)
+
+    def keep(self, rows: Int[Tensor, " A"]) -> None:
+        """Drop every row but these."""
+        self._cache.reorder_cache(rows)
+        self._position = self._position[rows]
+        if self._real is not None:
+            self._real = self._real[rows]
+
+    def _placed(self, real: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        placed = {"attention_mask": real.long()}
+        if self._takes_positions:
+            placed["position_ids"] = positions
+        return placed
+
+
+# --------------------------------------------------------------------------------------------
+# Surroundings
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every module is left in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _memory_advice(prompts: Sequence[Prompt], settings: SamplerSettings) -> Iterator[None]:
+    """Turns running out of memory into an error that names the knobs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        longest = max(len(prompt.prompt_ids) for prompt in prompts)
+        raise TrainingError(
+            f"out of memory while sampling {len(prompts)} prompts x samples_per_prompt="
+            f"{settings.samples_per_prompt} of up to {longest} + max_new_tokens="
+            f"{settings.max_new_tokens} tokens; lower the number of prompts per step, "
+            "sampler.samples_per_prompt or sampler.max_new_tokens"
+        ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # the CPU allocator raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,248 @@
+"""Run file to `Method` and back: `use` names a function, the other keys are its knobs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from opd import methods, schedule
+from opd.errors import ConfigError, nearest
+from opd.formula import credit, divergence, reward, support, surrogate, weight
+from opd.objective import Dense, Method, Objective, Sampled, Term
+from opd.schedule import Schedule
+from opd.types import Bound, StateSource, TeacherView
+
+T = TypeVar("T")
+
+TERMS: Mapping[str, type[Dense] | type[Sampled]] = {"dense": Dense, "sampled": Sampled}
+SLOTS: Mapping[str, ModuleType] = {
+    "divergence": divergence,
+    "support": support,
+    "reward": reward,
+    "credit": credit,
+    "baseline": credit,
+    "surrogate": surrogate,
+    "weights": weight,
+}
+
+
+def method_from_tree(
+    name: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    objective: Mapping[str, Any] | None = None,
+    states: Mapping[str, float] | None = None,
+    base: Path | None = None,
+) -> Method:
+    """The method a run file describes.
+
+    Args:
+        name: a function of `opd.methods`, or `custom`.
+        options: the function's knobs; a table with `schedule` is a schedule.
+        objective: for `custom`: `terms`, a list of tables, and `temperature`.
+        states: for `custom`: shares of student, data and teacher.
+        base: folder in which `use = "module:function"` looks first.
+
+    Raises:
+        ConfigError: names the key that cannot be used and the nearest valid one.
+    """
+    if name != "custom":
+        function = getattr(methods, name, None)
+        if name not in methods.__all__ or function is None:
+            raise ConfigError(f"no method {name!r}. {nearest(name, methods.__all__)}")
+        knobs = {
+            key: _knob(value, f"method.options.{key}") for key, value in (options or {}).items()
+        }
+        made: Method = _guarded(function, f"method {name}", **knobs)
+        return made
+    table = dict(objective or {})
+    terms = table.pop("terms", [])
+    temperature = table.pop("temperature", 1.0)
+    if table:
+        key = next(iter(table))
+        raise ConfigError(
+            f"method.objective: unknown key {key!r}. {nearest(key, ['terms', 'temperature'])}"
+        )
+    parsed = [
+        _term(term, f"method.objective.terms[{place}]", base) for place, term in enumerate(terms)
+    ]
+    built = _guarded(Objective, "method.objective", *parsed, temperature=temperature)
+    source = _guarded(StateSource, "method.states", **(states or {}))
+    views = built.views() | ({"teacher"} if source.teacher else set())
+    return Method(built, source, tuple(_view(view) for view in sorted(views)))
+
+
+def objective_to_tree(objective: Objective) -> dict[str, Any]:
+    """An objective as run-file tables; `method_from_tree` reads them back to an equal one."""
+    return {
+        "temperature": objective.temperature,
+        "terms": [_term_tree(term) for term in objective.terms],
+    }
+
+
+def user_sources(method: Method) -> dict[str, str]:
+    """Source file and SHA-256 of every function that is not the library's own, by name."""
+    found = {}
+    for term in method.objective.terms:
+        for _, bound in term.slots():
+            if not bound.name.startswith("opd."):
+                file = inspect.getsourcefile(bound.function) or ""
+                digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+                found[file] = digest
+    return found
+
+
+def resolve_function(name: str, base: Path | None = None) -> Callable[..., Any]:
+    """`module:function`, looked up in the run file's folder first, then on `sys.path`."""
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        raise ConfigError(f"{name!r} is no function; write 'module:function'")
+    file = (base or Path()) / (module_name.replace(".", "/") + ".py")
+    try:
+        module = _module_from(file, module_name) if file.exists() else None
+        module = module or importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as error:
+        raise ConfigError(
+            f"{name!r}: cannot import {module_name!r} from {base or Path.cwd()} or sys.path: "
+            f"{error}"
+        ) from None
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if callable(value)]
+        raise ConfigError(
+            f"{name!r}: {module_name} has no function {attribute!r}. {nearest(attribute, names)}"
+        )
+    resolved: Callable[..., Any] = function
+    return resolved
+
+
+# --------------------------------------------------------------------------------------------
+
+
+def _module_from(file: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"cannot load {file}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _term(tree: Any, path: str, base: Path | None) -> Term:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path}: a term is a table with a `kind`, got {tree!r}")
+    table = dict(tree)
+    kind = table.pop("kind", None)
+    if kind not in TERMS:
+        raise ConfigError(f"{path}.kind = {kind!r} is no kind of term. {nearest(str(kind), TERMS)}")
+    constructor: Callable[..., Term] = TERMS[kind]
+    known = [item.name for item in fields(TERMS[kind])]
+    arguments: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}. {nearest(key, known)}")
+        if key == "weights":
+            parts = value if isinstance(value, list | tuple) else [value]
+            arguments[key] = tuple(
+                _slot("weights", part, f"{path}.weights", base) for part in parts
+            )
+        elif key in SLOTS:
+            arguments[key] = _slot(key, value, f"{path}.{key}", base)
+        else:
+            arguments[key] = _knob(value, f"{path}.{key}")
+    made: Term = _guarded(constructor, path, **arguments)
+    return made
+
+
+def _slot(slot: str, value: Any, path: str, base: Path | None) -> Bound:
+    table = dict(value) if isinstance(value, Mapping) else {"use": value}
+    name = table.pop("use", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: name a function with `use`, got {value!r}")
+    if ":" in name:
+        function = resolve_function(name, base)
+    else:
+        exported: list[str] = SLOTS[slot].__all__
+        if name not in exported:
+            raise ConfigError(f"{path} = {name!r} is no {slot}. {nearest(name, exported)}")
+        function = getattr(SLOTS[slot], name)
+    takes = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for knob in table:
+        if knob not in takes:
+            raise ConfigError(f"{path}: {name} has no option {knob!r}. {nearest(knob, takes)}")
+    required = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        and parameter.default is inspect.Parameter.empty
+        and parameter.name not in table
+    ]
+    if required:
+        raise ConfigError(f"{path}: {name} needs {', '.join(map(repr, required))}")
+    knobs = {key: _knob(knob, f"{path}.{key}") for key, knob in table.items()}
+    bound = Bound.of(function)
+    return bound.with_knobs(**knobs)
+
+
+def _knob(value: Any, path: str) -> Any:
+    if isinstance(value, Mapping):
+        table = dict(value)
+        name = str(table.pop("schedule", ""))
+        kinds = {option.lower(): getattr(schedule, option) for option in schedule.__all__}
+        if name not in kinds:
+            raise ConfigError(f"{path}: a table here is a schedule. {nearest(name, kinds)}")
+        return _guarded(kinds[name], path, **table)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _view(name: str) -> TeacherView:
+    return TeacherView(name, "initial_student" if name == "reference" else "teacher")
+
+
+def _guarded(function: Callable[..., T], path: str, *args: Any, **kwargs: Any) -> T:
+    try:
+        return function(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _term_tree(term: Term) -> dict[str, Any]:
+    tree: dict[str, Any] = {"kind": term.kind}
+    for item in fields(term):
+        value = getattr(term, item.name)
+        if item.name == "weights":
+            tree["weights"] = [_bound_tree(Bound.of(part)) for part in value]
+        elif isinstance(value, Bound):
+            tree[item.name] = _bound_tree(value)
+        elif isinstance(value, Schedule):
+            tree[item.name] = _schedule_tree(value)
+        elif value is not None:
+            tree[item.name] = value
+    return tree
+
+
+def _bound_tree(bound: Bound) -> dict[str, Any]:
+    own = bound.name.startswith("opd.formula.")
+    module, _, function = bound.name.rpartition(".")
+    knobs = {
+        key: _schedule_tree(value) if isinstance(value, Schedule) else value
+        for key, value in bound.knobs
+    }
+    return {"use": function if own else f"{module}:{function}", **knobs}
+
+
+def _schedule_tree(value: Schedule) -> dict[str, Any]:
+    return {"schedule": type(value).__name__.lower(), **vars(value)}

@@ -1,0 +1,1 @@
+"""Teachers: whatever scores the rows of a rollout."""

@@ -1,0 +1,87 @@
+"""A teacher whose weights are in this process."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from opd.head import log_probs_of
+from opd.head.linear import merged_tokens
+from opd.head.rows import likeliest
+from opd.models import LoadedModel, adapter_disabled, backbone, unembedding
+from opd.rollout.pack import Part, join_parts, split
+from opd.types import Need, TeacherRequest, TeacherScores, Unembedding, pack_rows
+
+
+class LocalTeacher:
+    """Scores response rows with a model in memory.
+
+    Where the objective compares distributions, the reply holds the hidden states of the response
+    rows and the unembedding: the head projects them chunk by chunk, so the logits of a batch
+    never exist in full and every support is possible. Where the objective needs only the chosen
+    token or the likeliest ones, the reply holds just those.
+
+    Args:
+        loaded: the teacher.
+        vocab_size: tokens that student and teacher share.
+        max_tokens: padded tokens per forward.
+        without_adapter: score with the adapter switched off: the student at step 0.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        vocab_size: int,
+        max_tokens: int = 16384,
+        without_adapter: bool = False,
+    ) -> None:
+        self.loaded = loaded
+        self.vocab_size = vocab_size
+        self.max_tokens = max_tokens
+        self.without_adapter = without_adapter
+
+    def can(self, need: Need) -> bool:
+        """A model in memory can answer every need."""
+        return True
+
+    @torch.no_grad()
+    def score(self, request: TeacherRequest) -> TeacherScores:
+        """Scores of the N response rows of the request's batch, in their order."""
+        head = unembedding(self.loaded.model, self.vocab_size)
+        total = request.batch.row_index.shape[0]
+        answers: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        with self._weights():
+            for part in split(request.batch, max_tokens=self.max_tokens):
+                for name, value in self._answer(part, request, head).items():
+                    answers.setdefault(name, []).append((part.rows, value))
+        return TeacherScores(
+            **{name: join_parts(values, total) for name, values in answers.items()},
+            unembedding=head if request.distribution else None,
+            provenance={"reference": self.loaded.reference},
+        )
+
+    def _answer(self, part: Part, request: TeacherRequest, head: Unembedding) -> dict[str, Tensor]:
+        batch = part.batch
+        states = backbone(self.loaded.model)(
+            input_ids=batch.input_ids, use_cache=False, **batch.model_inputs
+        ).last_hidden_state
+        hidden = states.flatten(0, 1).index_select(0, batch.row_index)
+        if request.distribution:
+            return {"hidden": hidden}
+        log_probs = log_probs_of(
+            hidden, head, temperature=request.temperature, merge_ids=batch.merge_ids
+        )
+        tokens = merged_tokens(pack_rows(batch.token.tokens, batch.token.mask), batch.merge_ids)
+        answer = {"sampled_logp": log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)}
+        if request.top_k:
+            answer["top_logp"], answer["top_ids"] = likeliest(log_probs, request.top_k)
+        if request.ids is not None:
+            answer["ids"] = request.ids[part.rows]
+            answer["ids_logp"] = log_probs.gather(-1, answer["ids"])
+        return answer
+
+    def _weights(self) -> AbstractContextManager[None]:
+        return adapter_disabled(self.loaded.model) if self.without_adapter else nullcontext()

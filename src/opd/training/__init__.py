@@ -1,0 +1,1 @@
+"""The loop: sample, score, signal, update, measure, save, evaluate."""

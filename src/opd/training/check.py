@@ -1,0 +1,394 @@
+"""Everything that can be known about a run before its weights load."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from opd.data.prompts import TASK_PREFIX, PromptSet, load_prompts
+from opd.data.records import encode_records
+from opd.data.sources import read_records
+from opd.data.tasks import find_task
+from opd.data.verifiers import resolve_verifier
+from opd.errors import OpdError
+from opd.models import check_same_vocabulary, resolve_device
+from opd.objective import Method, Sampled
+from opd.training.config import Run, StudentConfig, TeacherConfig
+from opd.training.facts import ModelFacts, read_facts
+from opd.training.folder import check_name
+from opd.training.memory import (
+    MemoryPart,
+    available_bytes,
+    memory_parts,
+    trainable_parameters,
+)
+from opd.training.session import Phase, prompt_settings, find_verifier, build_method, make_phases
+
+Level = Literal["error", "note"]
+T = TypeVar("T")
+
+FIRST_RECORDS = 1000
+"""Records of a source that are encoded; of a JSON Lines file the rest is only read."""
+READ_WHOLE_BELOW = 256e6
+"""Bytes up to which every line of a JSON Lines file is read."""
+
+LARGE_MODEL = 50_000_000
+FULL_RATE, ADAPTER_RATE, SCORE_RATE = 1e-4, 1e-6, 1e-3
+
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was noticed.
+
+    Attributes:
+        level: an `error` stops the run; a `note` is worth knowing.
+        where: the key of the run file it is about.
+        message: what is wrong and what to do.
+    """
+
+    level: Level
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.where}: {self.message}"
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Findings, errors first, and the memory estimate where both models could be read."""
+
+    findings: tuple[Finding, ...]
+    memory: tuple[MemoryPart, ...]
+
+
+def check(run: Run) -> list[Finding]:
+    """What is wrong with a run, errors first; nothing is written and no weights are loaded.
+
+    A user's own formulas and verifier are imported, and the verifier is tried once.
+    """
+    return list(examine(run).findings)
+
+
+def examine(run: Run) -> CheckReport:
+    """`check`, with the memory estimate."""
+    checker = _Checker(run)
+    checker.run_all()
+    findings = sorted(checker.findings, key=lambda finding: finding.level)
+    return CheckReport(tuple(findings), tuple(checker.memory))
+
+
+@dataclass
+class _Sample:
+    """What was read of one source of prompts."""
+
+    prompts: PromptSet
+    complete: bool
+
+    @property
+    def longest(self) -> int:
+        return max((len(prompt.prompt_ids) for prompt in self.prompts.prompts), default=0)
+
+
+@dataclass
+class _Checker:
+    """Collects findings; one method per matter."""
+
+    run: Run
+    findings: list[Finding] = field(default_factory=list)
+    memory: list[MemoryPart] = field(default_factory=list)
+
+    def run_all(self) -> None:
+        config = self.run.config
+        self.attempt("device", lambda: resolve_device(config.device))
+        self.attempt("name", lambda: check_name(config.output, config.name))
+        self.extras()
+        method = self.attempt("method", lambda: build_method(self.run))
+        phases = make_phases(config, method) if method else ()
+        student = self.model("student", config.student)
+        teacher = self.model("teacher", config.teacher) if config.teacher.model else None
+        if student and teacher:
+            self.pair(student, teacher)
+        self.teacher_is_there(phases)
+        if student and method:
+            self.supports(method, student)
+        if student:
+            self.adapter(student)
+        longest = self.data(phases, student)
+        if student:
+            self.positions(student, longest)
+            self.learning_rates(phases, student)
+            self.disk(student)
+        if student and phases and (teacher or not config.teacher.model):
+            self.estimate(phases[-1], student, teacher, longest)
+        for phase in phases:
+            self.sampler(phase)
+
+    # -- collecting --------------------------------------------------------------------------
+
+    def error(self, where: str, message: str) -> None:
+        self.findings.append(Finding("error", where, message))
+
+    def note(self, where: str, message: str) -> None:
+        self.findings.append(Finding("note", where, message))
+
+    def attempt(self, where: str, action: Callable[[], T]) -> T | None:
+        """The action's result, or None and its error among the findings."""
+        try:
+            return action()
+        except OpdError as error:
+            self.error(where, str(error))
+            return None
+
+    # -- models ------------------------------------------------------------------------------
+
+    def model(self, side: str, config: StudentConfig | TeacherConfig) -> ModelFacts | None:
+        return self.attempt(
+            f"{side}.model", lambda: read_facts(self.run.path(config.model), config)
+        )
+
+    def pair(self, student: ModelFacts, teacher: ModelFacts) -> None:
+        self.attempt(
+            "teacher.model", lambda: check_same_vocabulary(student.hollow, teacher.hollow)
+        )
+        if student.hollow.reference == teacher.hollow.reference:
+            self.note("teacher.model", "teacher and student are the same model: nothing to learn")
+
+    def teacher_is_there(self, phases: tuple[Phase, ...]) -> None:
+        if self.run.config.teacher.model:
+            return
+        for phase in phases:
+            asked = phase.method.objective.views() - {"reference"}
+            if asked or phase.method.states.teacher:
+                self.error(
+                    "teacher.model",
+                    f"the {phase.name} phase ({phase.method.name}) needs a teacher; name a folder "
+                    "or a Hugging Face id",
+                )
+
+    def supports(self, method: Method, student: ModelFacts) -> None:
+        vocabulary = student.hollow.vocab_size
+        largest = max((need.k for need in method.objective.needs), default=0)
+        if largest > vocabulary:
+            self.error(
+                "method",
+                f"a support of k = {largest} tokens, but the vocabulary has {vocabulary}; "
+                "lower k, or compare the whole vocabulary",
+            )
+
+    def adapter(self, student: ModelFacts) -> None:
+        lora = self.run.config.student.lora
+        if not lora.r:
+            return
+        if trainable_parameters(self.run.config, student) == 0:
+            self.error(
+                "student.lora.target_modules",
+                f"no linear layer of the student is called {', '.join(lora.target_modules)}",
+            )
+
+    def extras(self) -> None:
+        config = self.run.config
+        wanted = [("log.trackers", TRACKERS[name], name) for name in config.log.trackers]
+        wanted += [("student.lora", "peft", "lora")] if config.student.lora.r else []
+        for where, module, extra in wanted:
+            if importlib.util.find_spec(module) is None:
+                self.error(where, f"needs the package {module}: pip install 'opd[{extra}]'")
+
+    # -- data --------------------------------------------------------------------------------
+
+    def data(self, phases: tuple[Phase, ...], student: ModelFacts | None) -> int:
+        """Look at every source; the longest prompt seen, in tokens."""
+        config = self.run.config
+        responses = any(phase.method.states.data > 0 for phase in phases)
+        train = self.source("data.prompts", config.data.prompts, student, responses)
+        others = {"data.validation": config.data.validation, "data.test": config.data.test}
+        others |= {f"evaluate.sets.{name}": text for name, text in config.evaluate.sets.items()}
+        samples = [train] + [
+            self.source(where, text, student, False) for where, text in others.items() if text
+        ]
+        if train:
+            self.training_prompts(train, responses)
+            self.verifier(train.prompts)
+        return max((sample.longest for sample in samples if sample), default=0)
+
+    def source(
+        self, where: str, text: str, student: ModelFacts | None, responses: bool
+    ) -> _Sample | None:
+        """The first records of a source, encoded."""
+        if text.startswith(TASK_PREFIX):
+            return self.attempt(where, lambda: self._task(text, student))
+        path = self.run.base / Path(text).expanduser()
+        if not path.exists() and _is_hub_id(text, path):
+            self.note(where, f"{text} is taken for a data set of the hub and was not read")
+            return None
+        return self.attempt(where, lambda: self._records(where, text, path, student, responses))
+
+    def _task(self, text: str, student: ModelFacts | None) -> _Sample | None:
+        find_task(text.removeprefix(TASK_PREFIX))
+        if student is None:
+            return None
+        endless = load_prompts(text, tokenizer=student.hollow.tokenizer)
+        assert endless.generate is not None
+        some = tuple(endless.generate(0, 0, 64))
+        return _Sample(PromptSet(text, some, generate=endless.generate), False)
+
+    def _records(
+        self, where: str, text: str, path: Path, student: ModelFacts | None, responses: bool
+    ) -> _Sample | None:
+        settings = prompt_settings(self.run.config.data, with_responses=responses)
+        records = iter(read_records(text, settings, self.run.base))
+        first = [*itertools.islice(records, FIRST_RECORDS)]
+        if path.is_file() and path.stat().st_size <= READ_WHOLE_BELOW:
+            for _ in records:  # an unreadable line is an error wherever it is
+                pass
+        if student is None:
+            return None
+        encoded = encode_records(
+            first,
+            tokenizer=student.hollow.tokenizer,
+            settings=settings,
+            eos_ids=student.hollow.eos_ids,
+        )
+        complete = len(first) < FIRST_RECORDS
+        seen = PromptSet(text, *encoded)
+        for count, what in (
+            (seen.skipped_empty, "are empty"),
+            (seen.skipped_long, f"exceed max_prompt_tokens = {settings.max_prompt_tokens}"),
+        ):
+            if count:
+                among = "" if complete else f" of the first {FIRST_RECORDS}"
+                self.note(where, f"{count} prompts{among} {what} and will be left out")
+        if not seen.prompts:
+            self.error(where, f"no prompt that could be used in {text}")
+        return _Sample(seen, complete)
+
+    def training_prompts(self, train: _Sample, responses: bool) -> None:
+        config = self.run.config
+        prompts = train.prompts
+        if prompts.generate is None and train.complete and not config.data.validation:
+            self.attempt("data.held_out", lambda: prompts.split(config.data.held_out))
+        missing = [prompt.id for prompt in prompts.prompts if not prompt.response_ids]
+        if responses and missing:
+            self.error(
+                "data.response_column",
+                f"{missing[0]} has no response, but a phase trains on data; add a column "
+                f"{config.data.response_column!r}, or set warmup.source = 'teacher'",
+            )
+
+    def verifier(self, prompts: PromptSet) -> None:
+        config = self.run.config
+        found = self.attempt("data.verifier", lambda: find_verifier(self.run, prompts))
+        if found is None:
+            if config.data.verifier in ("auto", "none"):
+                self.note("data.verifier", "no verifier: accuracy will not be measured")
+            elif not prompts.prompts:
+                self.attempt(
+                    "data.verifier",
+                    lambda: resolve_verifier(config.data.verifier, base_folder=self.run.base),
+                )
+            return
+        verify = found
+        for prompt in prompts.prompts[:1]:
+            self.attempt(
+                "data.verifier", lambda: verify(prompt, prompt.answer or "", finished=True)
+            )
+
+    # -- the whole ---------------------------------------------------------------------------
+
+    def positions(self, student: ModelFacts, longest: int) -> None:
+        config = self.run.config
+        limit, new = student.positions, config.sampler.max_new_tokens
+        if limit is None:
+            return
+        if longest + new > limit:
+            self.error(
+                "sampler.max_new_tokens",
+                f"prompts of up to {longest} tokens and responses of up to {new} are more than "
+                f"the {limit} positions of the student; lower max_new_tokens to {limit - longest}"
+                if longest < limit
+                else f"prompts of up to {longest} tokens do not fit into the {limit} positions of "
+                "the student; set data.max_prompt_tokens",
+            )
+        elif config.data.max_prompt_tokens + new > limit and not _is_task(config.data.prompts):
+            self.note(
+                "data.max_prompt_tokens",
+                f"the student has {limit} positions: with max_new_tokens = {new} a prompt may "
+                f"have {limit - new} tokens (longest seen: {longest})",
+            )
+
+    def sampler(self, phase: Phase) -> None:
+        if phase.method.states.student:
+            for reason in phase.plan.mismatch:
+                self.note("sampler", f"in phase {phase.name}: {reason}")
+
+    def learning_rates(self, phases: tuple[Phase, ...], student: ModelFacts) -> None:
+        lora = bool(self.run.config.student.lora.r)
+        for phase in phases:
+            where, rate = f"{phase.name}.learning_rate", phase.optimizer.learning_rate
+            if rate == 0:
+                self.note(where, "0: nothing is learned")
+            if student.parameters > LARGE_MODEL and not lora and rate > FULL_RATE:
+                self.note(where, f"{rate:g} is high for all weights of a pretrained model")
+            if lora and 0 < rate < ADAPTER_RATE:
+                self.note(where, f"{rate:g} is low for an adapter, which starts from nothing")
+            terms = phase.method.objective.terms
+            scored = all(isinstance(term, Sampled) for term in terms)
+            if scored and phase.method.states.student and rate >= SCORE_RATE:
+                self.note(
+                    where,
+                    f"{rate:g} is high for {phase.method.name}: a score of sampled tokens is "
+                    "noisier than a divergence; try a tenth",
+                )
+            if 0 < phase.steps <= phase.optimizer.lr_warmup_steps:
+                self.note(
+                    f"{phase.name}.lr_warmup_steps",
+                    f"{phase.optimizer.lr_warmup_steps} is no less than the {phase.steps} steps: "
+                    "the learning rate only rises",
+                )
+
+    def disk(self, student: ModelFacts) -> None:
+        config = self.run.config
+        trained = trainable_parameters(config, student) * student.item_bytes
+        kept = trained if config.student.lora.r else student.bytes
+        one = kept + 2 * trained
+        needed = (config.train.keep + 2) * one + student.bytes
+        folder = Path(config.output).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            self.error(
+                "output",
+                f"checkpoints and model take about {needed / 1e9:.1f} GB, and {folder} has "
+                f"{free / 1e9:.1f} GB left; lower train.keep, or choose another --output",
+            )
+
+    def estimate(
+        self, phase: Phase, student: ModelFacts, teacher: ModelFacts | None, longest: int
+    ) -> None:
+        config = self.run.config
+        prompt_tokens = longest or config.data.max_prompt_tokens
+        self.memory = memory_parts(config, phase, student, teacher, prompt_tokens)
+        total = sum(part.bytes for part in self.memory)
+        available = self.attempt("device", lambda: available_bytes(config.device))
+        if available and total > available:
+            self.note(
+                "train.max_tokens",
+                f"about {total / 1e9:.1f} GB are needed, and the device has "
+                f"{available / 1e9:.1f} GB; the table shows which knob helps",
+            )
+
+
+def _is_task(source: str) -> bool:
+    return source.startswith(TASK_PREFIX)
+
+
+def _is_hub_id(text: str, path: Path) -> bool:
+    return text.count("/") == 1 and not path.suffix and not path.parent.is_dir()

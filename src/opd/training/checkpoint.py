@@ -1,0 +1,148 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from opd.errors import ConfigError
+from opd.models import LoadedModel, save_model
+from opd.training.folder import RunFolder, disk_advice, remove_folder, whole_folder
+
+STATE, TENSORS, STUDENT = "state.json", "tensors.pt", "student"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk.
+
+    Attributes:
+        order: (phase number, steps done in it); later is newer.
+        state: everything that is not a tensor.
+    """
+
+    path: Path
+    order: tuple[int, int]
+    state: Mapping[str, Any]
+
+    def tensors(self) -> dict[str, Any]:
+        """Optimizer state and states of the random generators."""
+        loaded: dict[str, Any] = torch.load(self.path / TENSORS, weights_only=True)
+        return loaded
+
+
+def checkpoint_name(phase: str, step: int) -> str:
+    """`step-N` in the train phase, `<phase>-N` in another."""
+    return f"step-{step}" if phase == "train" else f"{phase}-{step}"
+
+
+def save_checkpoint(
+    folder: RunFolder,
+    *,
+    phase: str,
+    order: tuple[int, int],
+    student: LoadedModel,
+    tensors: Mapping[str, Any],
+    state: Mapping[str, Any],
+    keep: int,
+    best: str | None = None,
+) -> Path:
+    """Write a checkpoint beside the others, whole or not at all, and drop the oldest.
+
+    A kill at any instant leaves either the old set or the new one. A checkpoint of the same phase
+    and step holds the same state, so it stays as it is: no instant is without it.
+
+    Args:
+        keep: that many of the newest stay.
+        best: name of one that is never dropped.
+
+    Raises:
+        TrainingError: no room on the disk; the earlier checkpoints are intact.
+    """
+    final = folder.checkpoints / checkpoint_name(phase, order[1])
+    if not (final / STATE).exists():
+        with whole_folder(final) as temporary:
+            save_student(student, temporary / STUDENT)
+            torch.save(dict(tensors), temporary / TENSORS)
+            text = json.dumps({"order": list(order), "phase": phase, **state})
+            (temporary / STATE).write_text(text, encoding="utf-8")
+    with disk_advice(final):
+        for checkpoint in find_checkpoints(folder)[:-keep]:
+            if checkpoint.path.name != best:
+                remove_folder(checkpoint.path)
+    return final
+
+
+def find_checkpoints(folder: RunFolder) -> list[Checkpoint]:
+    """Complete checkpoints, oldest first."""
+    found = []
+    for path in folder.checkpoints.glob("[!.]*"):
+        state_file = path / STATE
+        if state_file.exists():
+            state = json.loads(state_file.read_text(encoding="utf-8"))
+            found.append(Checkpoint(path, (state["order"][0], state["order"][1]), state))
+    return sorted(found, key=lambda checkpoint: checkpoint.order)
+
+
+def save_student(loaded: LoadedModel, folder: Path) -> None:
+    """Write the weights that training changes: the whole model, or the adapter alone."""
+    model: Any = loaded.model
+    if not hasattr(model, "peft_config"):
+        save_model(loaded, folder)
+        return
+    # `save_model` refuses an adapter whose base is drawn at random; here the seed, which a
+    # resume does not change, brings that base back.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def restore_student(loaded: LoadedModel, folder: Path) -> None:
+    """Copy weights that `save_student` wrote into a live model, in place.
+
+    In place, because a tensor mapped from a file is aligned as the file is, and a kernel may round
+    differently there than in memory that PyTorch allocated.
+
+    Raises:
+        ConfigError: the weights are of another model.
+    """
+    adapter = (folder / ADAPTER_CONFIG).exists()
+    if adapter != hasattr(loaded.model, "peft_config"):
+        raise _of_another_model(folder, "one of the two is an adapter")
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        stored |= load_file(file)
+    own = _live_weights(loaded.model, adapter=adapter)
+    for name, value in stored.items():
+        if name not in own or own[name].shape != value.shape:
+            raise _of_another_model(folder, f"{name} does not fit")
+    # A tied weight is stored under one of its names.
+    filled = {own[name].data_ptr() for name in stored}
+    for name, tensor in own.items():
+        if tensor.data_ptr() not in filled:
+            raise _of_another_model(folder, f"it lacks {name}")
+    with torch.no_grad():
+        for name, value in stored.items():
+            own[name].copy_(value)
+
+
+def _live_weights(model: Any, *, adapter: bool) -> dict[str, torch.Tensor]:
+    """The model's own tensors by the names they are stored under."""
+    if not adapter:
+        return dict(model.state_dict())
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def _of_another_model(folder: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{folder} is of another model: {reason}; start a new run, or resume with the model it was "
+        "written with"
+    )

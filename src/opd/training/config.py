@@ -1,0 +1,533 @@
+"""The run file: what a user can choose, with units, defaults and early errors. Imports no torch."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from opd.errors import ConfigError, nearest
+
+STRICT = ConfigDict(extra="forbid")
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoraConfig:
+    """A low-rank adapter in place of full training; needs the extra `lora`.
+
+    Attributes:
+        r: rank; 0 trains all weights.
+        alpha: scale of the adapter; its product is multiplied with alpha / r.
+        target_modules: names of the layers that get one; empty: every linear layer.
+        merge: write merged weights at the end; otherwise the adapter alone.
+    """
+
+    r: NonNegative = 0
+    alpha: float = 32.0
+    target_modules: tuple[str, ...] = ()
+    merge: bool = True
+
+
+@dataclass(frozen=True, config=STRICT)
+class StudentConfig:
+    """The model that is trained.
+
+    Attributes:
+        model: a folder, a Hugging Face id, or `builtin:sort-student`.
+        dtype: of the weights in memory; float32 is the safe choice for training.
+        revision: of a Hugging Face id.
+        trust_remote_code: run code that comes with the model.
+        allow_pickle: load weights that are not safetensors.
+    """
+
+    model: str
+    dtype: Dtype = "float32"
+    revision: str = ""
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True, config=STRICT)
+class TeacherConfig:
+    """The model that scores. Fields as in `[student]`; empty `model`: none is loaded.
+
+    Attributes:
+        dtype: `auto` is float32 on a CPU, where half precision is slower, and as stored elsewhere.
+        max_tokens: padded tokens per forward of the teacher.
+    """
+
+    model: str = ""
+    dtype: Dtype = "auto"
+    revision: str = ""
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    max_tokens: Positive = 16384
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """Where prompts come from, and what a good response is.
+
+    Attributes:
+        prompts: a .jsonl or .parquet file, a `datasets` folder or hub id, or `task:NAME`.
+        validation: a source of its own for held-out prompts; empty: split off from `prompts`.
+        test: a source of its own for the final figures; empty: the task's own test split, or
+            the validation prompts.
+        held_out: prompts split off for validation where `validation` is empty.
+        prompt_column, answer_column, response_column, messages_column: names of the columns.
+        max_prompt_tokens: longer prompts are skipped and counted, or refused.
+        too_long: what to do with them.
+        verifier: `auto` (the task's own, else `exact` where there are answers, else none),
+            `none`, `task`, `exact`, `math-verify`, or `module:function`.
+        chat_template_kwargs: passed to the tokenizer's chat template.
+    """
+
+    prompts: str
+    validation: str = ""
+    test: str = ""
+    held_out: NonNegative = 256
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    response_column: str = "response"
+    messages_column: str = "messages"
+    max_prompt_tokens: Positive = 4096
+    too_long: Literal["skip", "error"] = "skip"
+    verifier: str = "auto"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=STRICT)
+class SamplerConfig:
+    """How rollouts are sampled. Settings that make the sampler differ from the student are
+    recorded in every event.
+
+    Attributes:
+        max_new_tokens: limit on a response, in tokens; for a built-in task 64 if not given.
+        temperature: divides the logits; 0 is greedy.
+        top_p: keep the smallest set of tokens with this mass; 1 keeps all.
+        top_k: keep that many tokens; 0 keeps all.
+        stop: strings that end a response.
+        samples_per_prompt: responses per prompt.
+        max_sequences: sequences decoded at once.
+    """
+
+    max_new_tokens: Positive = 512
+    temperature: Rate = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegative = 0
+    stop: tuple[str, ...] = ()
+    samples_per_prompt: Positive = 1
+    max_sequences: Positive = 256
+
+
+@dataclass(frozen=True, config=STRICT)
+class MethodConfig:
+    """Which method, or a composition of your own.
+
+    Attributes:
+        name: a method of `opd list methods`, or `custom` with `objective`.
+        options: the method's own knobs.
+        objective: terms of a custom objective.
+        states: shares of student, data and teacher text, for a custom objective.
+        merge_stop_ids: compare all end tokens as one action, their mass summed.
+    """
+
+    name: str = "reverse_kl_opd"
+    options: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+    states: dict[str, float] = field(default_factory=dict)
+    merge_stop_ids: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW with warm-up, decay and clipping.
+
+    Attributes:
+        learning_rate: the peak.
+        lr_warmup_steps: steps of linear warm-up from 0.
+        decay: shape of the way from the peak to `final_share` of it at the last step.
+        final_share: of the peak, at the last step.
+        betas, eps, weight_decay: of AdamW; decay is not applied to vectors.
+        clip_norm: gradients are scaled down to this global norm; 0 never.
+    """
+
+    learning_rate: Rate = 1e-6
+    lr_warmup_steps: NonNegative = 5
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    final_share: Share = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: Rate = 0.0
+    clip_norm: Rate = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig(OptimizerConfig):
+    """The distillation phase.
+
+    Attributes:
+        steps: rollout batches.
+        prompts_per_step: prompts in a rollout batch.
+        updates_per_rollout: optimizer steps on each rollout batch.
+        max_tokens: padded tokens per micro-batch; bounds the memory, never the result.
+        save_every: steps between checkpoints; 0: at the end only.
+        keep: newest checkpoints kept besides the best.
+    """
+
+    steps: NonNegative = 200
+    prompts_per_step: Positive = 64
+    updates_per_rollout: Positive = 1
+    max_tokens: Positive = 16384
+    save_every: NonNegative = 50
+    keep: Positive = 2
+
+
+@dataclass(frozen=True, config=STRICT)
+class WarmupConfig(OptimizerConfig):
+    """A supervised phase before distillation: the first remedy for a real mismatch.
+
+    Attributes:
+        steps: optimizer steps; 0 leaves the phase out.
+        source: text to imitate: responses of the data set, or sampled from the teacher.
+        prompts_per_step: sequences in a batch.
+        learning_rate: that of [train] if not given.
+    """
+
+    steps: NonNegative = 0
+    source: Literal["data", "teacher"] = "data"
+    prompts_per_step: Positive = 64
+    learning_rate: Rate = 1e-5
+    lr_warmup_steps: NonNegative = 20
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluateConfig:
+    """What is measured on held-out prompts, and when.
+
+    Attributes:
+        every: steps between validations; 0: at start and end only.
+        prompts: validation prompts.
+        test_prompts: test prompts for the figures at start and end.
+        teacher: measure the teacher too.
+        sets: further named sets, each a source as in `data.prompts`.
+    """
+
+    every: NonNegative = 50
+    prompts: Positive = 256
+    test_prompts: Positive = 1000
+    teacher: bool = True
+    sets: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=STRICT)
+class LogConfig:
+    """Records besides the run folder's own.
+
+    Attributes:
+        trackers: any of tensorboard, wandb, trackio; each needs its extra.
+        samples_per_step: responses written to samples.jsonl per step.
+    """
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    samples_per_step: NonNegative = 2
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+        name: of the run folder; empty: the source of the prompts and the next free number.
+        output: folder that holds run folders.
+        seed: of everything random.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        threads: CPU threads; 0 leaves the choice to PyTorch. With 1, equal settings give
+            bit-identical weights.
+    """
+
+    student: StudentConfig
+    data: DataConfig
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    name: str = ""
+    output: str = "runs"
+    seed: int = 0
+    device: str = "auto"
+    threads: NonNegative = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checked run file and the folder its relative paths start from."""
+
+    config: RunConfig
+    base: Path
+    source: str = "<python>"
+
+    def path(self, text: str) -> str:
+        """A path of the run file as seen from here: relative ones start at the file's folder."""
+        candidate = self.base / text
+        return str(candidate) if candidate.exists() else text
+
+
+DEFAULT_FILE = Path(__file__).parent.parent / "assets" / "sort.toml"
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Run:
+    """Read and check a run file; without one, the embedded default.
+
+    Args:
+        path: a TOML file, or a run folder.
+        overrides: `--section.key`, value, ... as on the command line.
+
+    Raises:
+        ConfigError: names the key or value, the nearest valid one, and the file.
+    """
+    if path is None:
+        file, base = DEFAULT_FILE, Path.cwd()
+    else:
+        file = Path(path)
+        if file.is_dir():
+            file = file / "config.toml"
+        base = file.resolve().parent
+    tree = read_toml(file)
+    base = Path(tree.pop("paths", {}).get("base_folder", base))
+    label = "the embedded default" if path is None else str(file)
+    return Run(from_tree(overridden(tree, overrides), source=label), base, label)
+
+
+def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree with the command line's settings in place of its own.
+
+    Raises:
+        ConfigError: names the command line and the key that is not known.
+    """
+    changed = copy.deepcopy(dict(tree))
+    for key, value in parse_overrides(overrides):
+        alone: dict[str, Any] = {}
+        _set(alone, key, value)
+        _check_keys(alone, RunConfig, "", "command line")
+        _set(changed, key, value)
+    return changed
+
+
+def from_tree(tree: Mapping[str, Any], *, source: str = "<python>") -> RunConfig:
+    """A checked config from nested mappings; `method = "NAME"` is short for its table."""
+    tree = dict(tree)
+    if isinstance(tree.get("method"), str):
+        tree["method"] = {"name": tree["method"]}
+    _check_keys(tree, RunConfig, "", source)
+    tree = _with_dependent_defaults(tree)
+    try:
+        config = TypeAdapter(RunConfig).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_readable(error, source)) from None
+    check_names(config, source)
+    return config
+
+
+def check_names(config: RunConfig, source: str) -> None:
+    """Refuse a method or a method option that does not exist, before any library loads."""
+    from opd.catalog import methods
+
+    known = methods()
+    method = config.method
+    if method.name == "custom":
+        if not method.objective:
+            raise ConfigError(
+                f"{source}: method.name is 'custom' but there is no [method.objective]; "
+                "add its terms or name a method of `opd list methods`"
+            )
+        return
+    if method.objective or method.states:
+        raise ConfigError(
+            f"{source}: method.objective and method.states belong to method.name = 'custom', "
+            f"but the method is {method.name!r}"
+        )
+    if method.name not in known:
+        raise ConfigError(
+            f"{source}: method.name = {method.name!r} is no method. "
+            f"{nearest(method.name, [*known, 'custom'])}"
+        )
+    for option in method.options:
+        if option not in known[method.name].knobs:
+            raise ConfigError(
+                f"{source}: method.options.{option}: {method.name} has no option {option!r}. "
+                f"{nearest(option, known[method.name].knobs)}"
+            )
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """The file's tree, or an error that says where it is wrong."""
+    if not file.exists():
+        siblings = [path.name for path in file.parent.glob("*.toml")] if file.parent.is_dir() else []
+        hint = nearest(file.name, siblings) if siblings else "`opd init` writes one that works."
+        raise ConfigError(f"there is no run file {str(file)!r}. {hint}")
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+
+
+def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--train.steps 50 --seed=3` as pairs; values are read as TOML, else taken as text."""
+    pairs: list[tuple[str, Any]] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) < 3:
+            raise ConfigError(f"expected --section.key VALUE, got {word!r}; see `opd run --help`")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} has no value; write --{key} VALUE")
+            value = rest.pop(0)
+        pairs.append((key.replace("-", "_"), _literal(value)))
+    return pairs
+
+
+def to_toml(config: RunConfig) -> str:
+    """The config as a run file that repeats the run: every key, defaults included."""
+    return _tables(dataclasses.asdict(config), ())  # type: ignore[call-overload]
+
+
+def to_json(config: RunConfig) -> str:
+    """The config as JSON with sorted keys, for comparison and hashing."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)  # type: ignore[call-overload]
+
+
+# --------------------------------------------------------------------------------------------
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        below = tree.get(section)
+        if section == "method" and isinstance(below, str):
+            below = {"name": below}
+        if not isinstance(below, dict):
+            below = {}
+        tree[section] = below
+        tree = below
+    if dotted == "method.name" and tree.get("name") != value:
+        tree.pop("options", None)
+    tree[last] = value
+
+
+# A response of a built-in task, its end token included, is shorter than this.
+_TASK_TOKENS = 64
+
+
+def _with_dependent_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the two defaults that follow from another key; what is given stays as it is."""
+    filled = dict(tree)
+
+    def given(section: str) -> dict[str, Any]:
+        table = tree.get(section, {})
+        return dict(table) if isinstance(table, Mapping) else {}
+
+    if str(given("data").get("prompts", "")).startswith("task:"):
+        _default(filled, "sampler", max_new_tokens=_TASK_TOKENS)
+    if "learning_rate" in given("train"):
+        _default(filled, "warmup", learning_rate=given("train")["learning_rate"])
+    return filled
+
+
+def _default(tree: dict[str, Any], section: str, **values: Any) -> None:
+    table = tree.get(section, {})
+    if isinstance(table, Mapping):
+        tree[section] = {**values, **table}
+
+
+def _check_keys(tree: Any, kind: Any, path: str, source: str) -> None:
+    """Unknown keys, with the nearest known one."""
+    if not dataclasses.is_dataclass(kind) or not isinstance(tree, Mapping):
+        return
+    hints = get_type_hints(kind)
+    known = [item.name for item in dataclasses.fields(kind)]
+    for key, value in tree.items():
+        if key not in known:
+            where = f" in [{path}]" if path else ""
+            raise ConfigError(f"{source}: unknown key {key!r}{where}. {nearest(key, known)}")
+        _check_keys(value, hints[key], f"{path}.{key}" if path else key, source)
+
+
+def _readable(error: ValidationError, source: str) -> str:
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        got = problem.get("input")
+        if problem["type"] == "missing":
+            lines.append(f"{source}: {place} is missing; every run needs it")
+        elif problem["type"] == "literal_error":
+            options = _options(place)
+            hint = nearest(str(got), options) if options else problem["msg"]
+            lines.append(f"{source}: {place} = {got!r} is not valid. {hint}")
+        else:
+            lines.append(f"{source}: {place} = {got!r}: {problem['msg']}")
+    return "\n".join(lines)
+
+
+def _options(place: str) -> list[str]:
+    kind: Any = RunConfig
+    for part in place.split("."):
+        if not dataclasses.is_dataclass(kind):
+            return []
+        kind = get_type_hints(kind).get(part)
+    return [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
+
+
+def _tables(tree: Mapping[str, Any], path: tuple[str, ...]) -> str:
+    plain = {key: value for key, value in tree.items() if not isinstance(value, dict)}
+    lines = [f"[{'.'.join(path)}]"] if path else []
+    lines += [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
+    text = "\n".join(lines) + "\n"
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            text += "\n" + _tables(value, (*path, _key(key)))
+    return text
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(_value(part) for part in value) + "]"
+    return repr(value)

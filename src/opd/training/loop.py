@@ -1,0 +1,620 @@
+"""The loop: sample, score, signal, update, measure, save, evaluate. Read it top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal as signals
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from opd.errors import OpdError, TrainingError
+from opd.models import save_model
+from opd.objective import Objective
+from opd.rollout.pack import merge_rollouts, pack_rollout
+from opd.training import step as steps
+from opd.training.checkpoint import (
+    STUDENT,
+    Checkpoint,
+    checkpoint_name,
+    restore_student,
+    save_checkpoint,
+)
+from opd.training.config import Run, to_json, to_toml
+from opd.training.evaluate import Evaluation, evaluate, verify_rollout
+from opd.training.folder import (
+    RunFolder,
+    append_line,
+    check_name,
+    create_folder,
+    plain,
+    whole_folder,
+    write_text,
+)
+from opd.training.optim import clip, learning_rate, make_optimizer, set_learning_rate
+from opd.training.reference import freeze_reference
+from opd.training.resume import FINISHED, last_checkpoint
+from opd.training.session import Phase, Session, open_session, sampler_settings
+from opd.training.sources import check_sources, copy_sources, find_sources
+from opd.types import Batch, Rollout, Stat
+
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did.
+
+    Attributes:
+        phase: `warmup` or `train`.
+        step: steps done in the phase, this one included; 0 for the evaluation before the first.
+        steps: of the phase.
+        metrics: (sum, count) by path-like name.
+        seconds: wall-clock time by part of the step.
+        tokens: response tokens of the rollout batch.
+        evaluation: the validation after this step, if there was one.
+        folder: the run folder.
+        summary: of the whole run, with the last report only.
+    """
+
+    phase: str
+    step: int
+    steps: int
+    metrics: Mapping[str, Stat]
+    seconds: Mapping[str, float]
+    tokens: int
+    folder: Path
+    evaluation: Evaluation | None = None
+    summary: Mapping[str, Any] | None = None
+
+
+@dataclass
+class Progress:
+    """The part of a run's state that is neither weights nor optimizer."""
+
+    phase: int = 0
+    step: int = 0
+    updates: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    schedule: Any = None
+    start: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+
+
+def train_run(
+    run: Run, *, resume: str | Path | None = None, session: Session | None = None
+) -> Iterator[StepReport]:
+    """Run the phases of a run file, one report per step.
+
+    Ctrl-C finishes the step and saves before `KeyboardInterrupt` reaches the caller; a second one
+    stops at once. However a run stops, `summary.json` says why in `exit_reason` and the last
+    checkpoint is intact; only a kill leaves no word.
+
+    Args:
+        resume: a run folder to continue from its last checkpoint, to the same end as if it had
+            never stopped.
+        session: live parts, for callers that hold models already.
+
+    Raises:
+        ConfigError: a checkpoint of another config, or a folder that cannot be resumed: no run
+            folder, a finished run, a user's function that has changed.
+        TrainingError: non-finite numbers, no memory, no disk; the last checkpoint is intact.
+    """
+    folder, checkpoint = None, None
+    if resume is None:
+        check_name(run.config.output, run.config.name)
+    else:
+        folder = RunFolder(Path(resume))
+        checkpoint = last_checkpoint(folder, run)
+    session = session or open_session(run)
+    sources = find_sources(session)
+    if folder is None:
+        folder = _begin_folder(run, sources)
+    else:
+        check_sources(folder, sources)
+        folder.clear_leftovers()
+    trainer = _Trainer(session, folder)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    else:
+        folder.truncate({})
+    with _exit_reason(trainer):
+        with _finish_step_on_interrupt() as interrupted:
+            for number, phase in enumerate(session.phases):
+                if number < trainer.progress.phase:
+                    continue
+                trainer.enter(number, phase)
+                while not trainer.is_done(phase):
+                    report = trainer.advance(phase)
+                    if trainer.saves(phase) or interrupted():
+                        trainer.save(phase)
+                    yield report
+                    if interrupted():
+                        trainer.save(phase)
+                        raise KeyboardInterrupt
+        yield trainer.finish()
+
+
+class _Trainer:
+    """One run in progress: its live parts, its folder and its state."""
+
+    def __init__(self, session: Session, folder: RunFolder) -> None:
+        self.session = session
+        self.folder = folder
+        self.progress = Progress()
+        seed = session.config.seed
+        self.stream = session.stream(seed)
+        self.generators = {
+            "student": torch.Generator().manual_seed(seed),
+            "teacher": torch.Generator().manual_seed(seed + 1_000_003),
+        }
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._restored: Checkpoint | None = None
+        self._started = time.perf_counter()
+
+    # -- state -------------------------------------------------------------------------------
+
+    def enter(self, number: int, phase: Phase) -> None:
+        """Begin a phase, or continue the one a checkpoint was written in."""
+        progress = self.progress
+        if number != progress.phase:
+            progress.phase, progress.step, progress.updates = number, 0, 0
+            progress.schedule = None
+        if phase.name == "train":
+            at_start = progress.step == 0
+            freeze_reference(self.session, self.folder.reference, at_start=at_start)
+        self.optimizer = make_optimizer(self.session.student.trainable(), phase.optimizer)
+        if self._restored is not None:
+            self.optimizer.load_state_dict(self._restored.tensors()["optimizer"])
+            self._restored = None
+
+    def is_done(self, phase: Phase) -> bool:
+        """Whether nothing is left to report of the phase."""
+        return self.progress.step == phase.steps and not self._starts(phase)
+
+    def advance(self, phase: Phase) -> StepReport:
+        """The figures before the first distillation step, or one step."""
+        return self.evaluate_start(phase) if self._starts(phase) else self.step(phase)
+
+    def _starts(self, phase: Phase) -> bool:
+        return phase.name == "train" and not self.progress.start
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Weights, generators, cursor, logs and counters as they were."""
+        restore_student(self.session.student.loaded, checkpoint.path / STUDENT)
+        tensors, state = checkpoint.tensors(), checkpoint.state
+        for name, generator in self.generators.items():
+            generator.set_state(tensors["generators"][name])
+        self.stream.load_state(state["stream"])
+        self.progress = Progress(**state["progress"])
+        self.folder.truncate(state["offsets"])
+        self._restored = checkpoint
+        self._started = time.perf_counter() - self.progress.seconds
+
+    def save(self, phase: Phase) -> None:
+        """Write a checkpoint on this rollout-batch boundary."""
+        assert self.optimizer is not None
+        progress = self.progress
+        progress.seconds = time.perf_counter() - self._started
+        save_checkpoint(
+            self.folder,
+            phase=phase.name,
+            order=(progress.phase, progress.step),
+            student=self.session.student.loaded,
+            tensors={
+                "optimizer": self.optimizer.state_dict(),
+                "generators": {
+                    name: generator.get_state() for name, generator in self.generators.items()
+                },
+            },
+            state={
+                "config": to_json(self.session.config),
+                "stream": self.stream.state(),
+                "progress": vars(progress),
+                "offsets": self.folder.offsets(),
+            },
+            keep=self.session.config.train.keep,
+            best=progress.best.get("checkpoint"),
+        )
+
+    def saves(self, phase: Phase) -> bool:
+        """Whether a checkpoint is due: every so many steps, at the best so far, at the end."""
+        step, every = self.progress.step, self.session.config.train.save_every
+        if step == phase.steps:
+            return True
+        best = phase.name == "train" and self.progress.best.get("step") == step
+        return bool(step and every) and (step % every == 0 or best)
+
+    # -- one step ----------------------------------------------------------------------------
+
+    def step(self, phase: Phase) -> StepReport:
+        """One rollout batch: sample, score, signal, update, measure."""
+        session, progress, clock = self.session, self.progress, _Clock()
+        student, max_tokens = session.student, session.config.train.max_tokens
+        method, progress.schedule = phase.method.at(progress.step, {}, progress.schedule)
+        objective, plan = method.objective, phase.plan
+
+        rollout, texts = self._draw(phase, clock)
+        batch = pack_rollout(
+            rollout,
+            pad_id=student.loaded.pad_id,
+            special_ids=session.special_ids,
+            merge_ids=session.merge_ids,
+            device=session.device,
+        )
+        clock.lap("pack")
+        batch = steps.observe(student, batch, rollout, objective, plan, max_tokens)
+        clock.lap("observe")
+        batch = steps.score(session.teachers, batch, objective, plan)
+        clock.lap("score")
+        metrics: dict[str, Stat] = {}
+        for repeat in range(phase.updates_per_rollout):
+            batch = steps.signal(student, batch, objective, plan, max_tokens, fresh=repeat == 0)
+            clock.lap("signal")
+            metrics = steps.update(student, batch, objective, max_tokens, step=progress.step + 1)
+            metrics |= self._apply(phase, batch, objective)
+            clock.lap("update")
+        progress.step += 1
+        progress.tokens += int(rollout.lengths.sum())
+        metrics |= _rollout_metrics(rollout)
+        evaluation = self._validate(phase) if self._validates(phase) else None
+        clock.lap("evaluate")
+        self._log(phase, metrics, clock.seconds, rollout, texts, evaluation)
+        return StepReport(
+            phase.name,
+            progress.step,
+            phase.steps,
+            metrics,
+            clock.seconds,
+            int(rollout.lengths.sum()),
+            self.folder.path,
+            evaluation,
+        )
+
+    def _draw(self, phase: Phase, clock: _Clock) -> tuple[Rollout, list[str]]:
+        """Responses of the step, each source writing its share."""
+        session, states = self.session, phase.method.states
+        prompts = self.stream.take(phase.prompts_per_step)
+        shares = (states.student, states.data, states.teacher)
+        by_student, by_data, _ = steps.share_out(len(prompts), shares, self.progress.step)
+        parts = []
+        limit = session.config.sampler.max_sequences
+        own, rest = prompts[:by_student], prompts[by_student:]
+        from_data, from_teacher = rest[:by_data], rest[by_data:]
+        per_call = max(1, limit // phase.plan.sampler.samples_per_prompt)
+        for start in range(0, len(own), per_call):
+            with session.student.for_generation():
+                parts.append(
+                    session.student_sampler.sample(
+                        own[start : start + per_call],
+                        phase.plan.sampler,
+                        generator=self.generators["student"],
+                        policy_version=self.progress.updates,
+                    )
+                )
+        if from_data:
+            parts.append(steps.rollout_from_data(from_data))
+        for start in range(0, len(from_teacher), per_call):
+            assert session.teacher_sampler is not None
+            parts.append(
+                session.teacher_sampler.sample(
+                    from_teacher[start : start + per_call],
+                    replace(phase.plan.sampler, student_top_k=0),
+                    generator=self.generators["teacher"],
+                )
+            )
+        clock.lap("sample")
+        rollout = merge_rollouts(parts, pad_id=session.student.loaded.pad_id)
+        if not by_student:
+            return rollout, []
+        rollout, texts = verify_rollout(rollout, session.verifier, session.tokenizer)
+        clock.lap("verify")
+        return rollout, texts
+
+    def _apply(self, phase: Phase, batch: Batch, objective: Objective) -> dict[str, Stat]:
+        """One optimizer step on the accumulated gradient of `objective` over `batch`."""
+        assert self.optimizer is not None
+        parameters = self.session.student.trainable()
+        norm = clip(parameters, phase.optimizer.clip_norm)
+        if not math.isfinite(norm):
+            max_tokens = self.session.config.train.max_tokens
+            term = steps.blame_gradient(self.session.student, batch, objective, max_tokens)
+            raise TrainingError(
+                f"step {self.progress.step + 1}: the gradient of {term} is not finite; it was not "
+                "applied, and the last checkpoint is intact. A formula of finite value can have a "
+                "derivative that is not (a square root at 0): mend it, or lower "
+                "train.learning_rate"
+            )
+        total = phase.steps * phase.updates_per_rollout
+        rate = learning_rate(phase.optimizer, self.progress.updates, total)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.updates += 1
+        return {"optimizer/grad_norm": Stat(norm, 1.0), "optimizer/learning_rate": Stat(rate, 1.0)}
+
+    # -- measuring ---------------------------------------------------------------------------
+
+    def _validates(self, phase: Phase) -> bool:
+        every = self.session.config.evaluate.every
+        step = self.progress.step
+        return phase.name == "train" and bool(every) and (step % every == 0 or step == phase.steps)
+
+    def _validate(self, phase: Phase) -> Evaluation:
+        """Held-out accuracy; remembers the best checkpoint's step."""
+        result = self._evaluate("student", self.session.validation.prompts)
+        best = self.progress.best
+        if self.session.verifier and result.accuracy.value > best.get("value", -1.0):
+            step = self.progress.step
+            self.progress.best = {
+                "value": result.accuracy.value,
+                "step": step,
+                "checkpoint": checkpoint_name(phase.name, step),
+            }
+        return result
+
+    def _evaluate(self, who: str, prompts: Any) -> Evaluation:
+        session = self.session
+        sampler = session.student_sampler if who == "student" else session.teacher_sampler
+        assert sampler is not None
+        return evaluate(
+            sampler,
+            prompts,
+            verifier=session.verifier,
+            tokenizer=session.tokenizer,
+            settings=sampler_settings(session.config),
+            seed=session.config.seed,
+            max_sequences=session.config.sampler.max_sequences,
+        )
+
+    def evaluate_start(self, phase: Phase) -> StepReport:
+        """Figures before the first distillation step: student, and teacher if there is one."""
+        session, clock = self.session, _Clock()
+        validation = self._evaluate("student", session.validation.prompts)
+        test = self._evaluate("student", session.test.prompts)
+        start: dict[str, Any] = {
+            "validation": validation.accuracy.as_dict(),
+            "student": test.accuracy.as_dict(),
+            "responses": list(test.responses[:8]),
+            "verdicts": list(test.scores[:8]),
+            "sets": {
+                name: self._evaluate("student", prompts.prompts).accuracy.as_dict()
+                for name, prompts in session.sets.items()
+            },
+        }
+        if session.teacher_sampler is not None and session.config.evaluate.teacher:
+            teacher = self._evaluate("teacher", session.test.prompts)
+            start["teacher"] = teacher.accuracy.as_dict()
+            start["teacher_responses"] = list(teacher.responses[:8])
+            start["teacher_verdicts"] = list(teacher.scores[:8])
+        self.progress.start = start
+        clock.lap("evaluate")
+        event = {"phase": phase.name, "step": 0, "evaluation": start}
+        append_line(self.folder.events, event | {"seconds": clock.seconds})
+        return StepReport(
+            phase.name, 0, phase.steps, {}, clock.seconds, 0, self.folder.path, validation
+        )
+
+    def finish(self) -> StepReport:
+        """Final figures, the model folder, the summary and the picture."""
+        from opd.training.curves import draw_curves
+
+        session, clock = self.session, _Clock()
+        test = self._evaluate("student", session.test.prompts)
+        sets = {
+            name: self._evaluate("student", prompts.prompts).accuracy.as_dict()
+            for name, prompts in session.sets.items()
+        }
+        with whole_folder(self.folder.model) as temporary:
+            save_model(
+                session.student.loaded, temporary, merge_lora=session.config.student.lora.merge
+            )
+        for row in range(min(8, len(test.responses))):
+            prompt = session.test.prompts[row]
+            append_line(
+                self.folder.samples,
+                {
+                    "split": "test",
+                    "prompt": prompt.text,
+                    "start": _at(self.progress.start.get("responses"), row),
+                    "end": test.responses[row],
+                    "teacher": _at(self.progress.start.get("teacher_responses"), row),
+                    "verdict": test.scores[row],
+                    "start_verdict": _at(self.progress.start.get("verdicts"), row),
+                    "teacher_verdict": _at(self.progress.start.get("teacher_verdicts"), row),
+                },
+            )
+        summary = self._summary(FINISHED, test, sets)
+        draw_curves(self.folder, summary)
+        self._write_summary(summary)  # last: from now on the run is finished
+        clock.lap("evaluate")
+        phase = session.phases[-1]
+        return StepReport(
+            phase.name,
+            phase.steps,
+            phase.steps,
+            {},
+            clock.seconds,
+            0,
+            self.folder.path,
+            test,
+            summary,
+        )
+
+    def summarise_early(self, reason: str) -> None:
+        """Say in summary.json why the run stopped, where the disk still takes it."""
+        with suppress(OpdError, OSError):
+            self._write_summary(self._summary(reason))
+
+    def _write_summary(self, summary: Mapping[str, Any]) -> None:
+        write_text(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+
+    def _summary(
+        self,
+        reason: str,
+        final: Evaluation | None = None,
+        sets: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        progress = self.progress
+        start = progress.start.get("student")
+        end = final.accuracy.as_dict() if final else None
+        gain = end["value"] - start["value"] if start and end else None
+        summary: dict[str, Any] = {
+            "start_accuracy": start,
+            "final_accuracy": end,
+            "teacher_accuracy": progress.start.get("teacher"),
+            "gain": gain,
+            "seconds": time.perf_counter() - self._started,
+            "tokens": progress.tokens,
+            "peak_mb": peak_mb(),
+            "exit_reason": reason,
+            "method": self.session.phases[-1].method.name,
+            "composition_hash": self.session.phases[-1].method.composition_hash,
+            "best": self._best(),
+            "sets": {"start": progress.start.get("sets", {}), "final": sets or {}},
+            "notes": self.session.notes,
+        }
+        figures: dict[str, Any] = plain(summary)
+        return figures
+
+    def _best(self) -> dict[str, Any] | None:
+        """The best validation, and its checkpoint where there is one (`save_every` > 0)."""
+        best = dict(self.progress.best)
+        if best and not (self.folder.checkpoints / best["checkpoint"]).exists():
+            best["checkpoint"] = None
+        return best or None
+
+    def _log(
+        self,
+        phase: Phase,
+        metrics: Mapping[str, Stat],
+        seconds: Mapping[str, float],
+        rollout: Rollout,
+        texts: list[str],
+        evaluation: Evaluation | None,
+    ) -> None:
+        event: dict[str, Any] = {
+            "phase": phase.name,
+            "step": self.progress.step,
+            "metrics": {name: [stat.total, stat.count] for name, stat in metrics.items()},
+            "seconds": dict(seconds),
+            "tokens": self.progress.tokens,
+        }
+        if phase.plan.mismatch and phase.method.states.student:
+            event["sampler_differs"] = list(phase.plan.mismatch)
+        if evaluation is not None:
+            event["evaluation"] = {"validation": evaluation.accuracy.as_dict()}
+        append_line(self.folder.events, event)
+        for row in range(min(self.session.config.log.samples_per_step, len(texts))):
+            append_line(
+                self.folder.samples,
+                {
+                    "phase": phase.name,
+                    "step": self.progress.step,
+                    "prompt": rollout.prompts[row].text,
+                    "response": texts[row],
+                    "verdict": float(rollout.verdict[row]),
+                    "stop_reason": rollout.stop_reason[row],
+                },
+            )
+
+
+class _Clock:
+    """Wall-clock seconds by part of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _rollout_metrics(rollout: Rollout) -> dict[str, Stat]:
+    lengths = rollout.lengths
+    sampled = (rollout.policy_version >= 0).any(1)
+    metrics = {"rollout/length": Stat(float(lengths.sum()), float(lengths.shape[0]))}
+    if bool(sampled.any()):
+        cut = sum(reason == "length" for reason in rollout.stop_reason)
+        metrics["rollout/truncated"] = Stat(float(cut), float(len(rollout.stop_reason)))
+    judged = ~rollout.verdict.isnan()
+    if bool(judged.any()):
+        metrics["rollout/accuracy"] = Stat(
+            float(rollout.verdict[judged].sum()), float(judged.sum())
+        )
+    return metrics
+
+
+def peak_mb() -> float:
+    """Highest memory of the process so far, in MB; on CUDA, of the device."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+@contextmanager
+def _finish_step_on_interrupt() -> Iterator[Any]:
+    """The first Ctrl-C asks to stop after the step; the second stops at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signals.signal(signals.SIGINT, before)
+
+    try:
+        before = signals.signal(signals.SIGINT, ask)
+    except ValueError:  # not in the main thread: the caller's handler stays
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signals.signal(signals.SIGINT, before)
+
+
+@contextmanager
+def _exit_reason(trainer: _Trainer) -> Iterator[None]:
+    """Leave a word in summary.json when the run stops before its end."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        trainer.summarise_early(INTERRUPTED)
+        raise
+    except Exception as error:
+        name = "" if isinstance(error, OpdError) else f"{type(error).__name__}: "
+        trainer.summarise_early(f"error: {name}{error}")
+        raise
+
+
+def _begin_folder(run: Run, sources: Sequence[Path]) -> RunFolder:
+    """A new run folder, which from its first instant holds all that repeats the run."""
+
+    def fill(folder: RunFolder) -> None:
+        copy_sources(folder, sources)
+        write_text(folder.config, to_toml(run.config) + _base_folder(run))
+
+    return create_folder(run.config.output, run.config.name, run.config.data.prompts, fill)
+
+
+def _base_folder(run: Run) -> str:
+    return (
+        f"\n# relative paths above start here\n[paths]\nbase_folder = {json.dumps(str(run.base))}\n"
+    )
+
+
+def _at(values: list[Any] | None, place: int) -> Any:
+    return values[place] if values and place < len(values) else None

@@ -1,0 +1,398 @@
+"""The live parts of a run, built from its config: models, samplers, prompts, verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from opd.data.prompts import PromptSet, PromptStream, load_prompts, load_splits
+from opd.data.settings import PromptSettings
+from opd.data.verifiers import resolve_verifier
+from opd.errors import ConfigError, DataError, TeacherError
+from opd.models import (
+    LoadedModel,
+    LoraSettings,
+    check_same_vocabulary,
+    load_model,
+    resolve_device,
+)
+from opd.objective import Method
+from opd.rollout.local import LocalSampler
+from opd.spec import method_from_tree
+from opd.student import Student
+from opd.teacher.local import LocalTeacher
+from opd.training.config import DataConfig, OptimizerConfig, Run, RunConfig
+from opd.training.plan import Plan, make_plan
+from opd.types import Provenance, Sampler, SamplerSettings, Teacher, Verifier
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one method: the warm-up, then the distillation."""
+
+    name: str
+    method: Method
+    steps: int
+    prompts_per_step: int
+    updates_per_rollout: int
+    optimizer: OptimizerConfig
+    plan: Plan
+
+
+@dataclass
+class Session:
+    """Everything a run holds in memory."""
+
+    run: Run
+    phases: tuple[Phase, ...]
+    student: Student
+    student_sampler: Sampler
+    teacher_sampler: Sampler | None
+    teachers: dict[str, Teacher]
+    train_prompts: PromptSet
+    validation: PromptSet
+    test: PromptSet
+    sets: dict[str, PromptSet]
+    verifier: Verifier | None
+    special_ids: tuple[int, ...]
+    merge_ids: tuple[tuple[int, ...], ...]
+    device: torch.device
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.student.loaded.tokenizer
+
+    def stream(self, seed: int) -> PromptStream:
+        """The training prompts from their beginning, in this seed's order."""
+        return PromptStream(self.train_prompts, seed)
+
+
+def open_session(
+    run: Run,
+    *,
+    student: LoadedModel | None = None,
+    teacher: LoadedModel | Teacher | None = None,
+    prompts: Sequence[Any] | None = None,
+    method: Method | None = None,
+    verifier: Verifier | None = None,
+) -> Session:
+    """Load whatever the config names; objects given here take the place of what it names."""
+    config = run.config
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    method = method or build_method(run)
+    student = student or load_student(run, device)
+    loaded_teacher, scorer = _teacher(run, teacher, device, method)
+    vocab_size = check_same_vocabulary(student, loaded_teacher) if loaded_teacher else (
+        student.vocab_size
+    )
+    merge_ids = _merge_ids(config, student, loaded_teacher)
+    module = Student(student, vocab_size=vocab_size)
+    phases = make_phases(config, method, merge_ids)
+    teachers = _teachers(config, method, scorer, loaded_teacher, vocab_size)
+    splits = load_run_prompts(run, student, prompts, phases)
+    chosen = verifier or find_verifier(run, splits[0])
+    session = Session(
+        run=run,
+        phases=phases,
+        student=module,
+        student_sampler=LocalSampler(student),
+        teacher_sampler=(
+            LocalSampler(loaded_teacher, provenance=Provenance.TEACHER) if loaded_teacher else None
+        ),
+        teachers=teachers,
+        train_prompts=splits[0],
+        validation=splits[1],
+        test=splits[2],
+        sets={
+            name: load_set(run, source, student) for name, source in config.evaluate.sets.items()
+        },
+        verifier=chosen,
+        special_ids=tuple(
+            i for i in student.tokenizer.all_special_ids if i not in student.eos_ids
+        ),
+        merge_ids=merge_ids,
+        device=device,
+    )
+    session.notes += _notes(session)
+    _check_writers(session)
+    return session
+
+
+def build_method(run: Run) -> Method:
+    """The method the run file describes."""
+    config = run.config.method
+    return method_from_tree(
+        config.name,
+        options=config.options,
+        objective=config.objective,
+        states=config.states,
+        base=run.base,
+    )
+
+
+def load_student(run: Run, device: torch.device) -> LoadedModel:
+    """The student of the run file, with its adapter if it has one."""
+    config = run.config.student
+    lora = None
+    if config.lora.r:
+        lora = LoraSettings(
+            r=config.lora.r,
+            alpha=config.lora.alpha,
+            target_modules=config.lora.target_modules or "all-linear",
+        )
+    return load_model(
+        run.path(config.model),
+        dtype=config.dtype,
+        device=str(device),
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+        lora=lora,
+        revision=config.revision or None,
+        seed=run.config.seed,
+    )
+
+
+def load_teacher(run: Run, device: torch.device) -> LoadedModel:
+    """The teacher of the run file, its weights frozen."""
+    config = run.config.teacher
+    loaded = load_model(
+        run.path(config.model),
+        dtype="float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype,
+        device=str(device),
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+        revision=config.revision or None,
+    )
+    loaded.model.requires_grad_(False)
+    return loaded
+
+
+def sampler_settings(config: RunConfig) -> SamplerSettings:
+    """The sampler's settings as the run file gives them."""
+    sampler = config.sampler
+    return SamplerSettings(
+        max_new_tokens=sampler.max_new_tokens,
+        temperature=sampler.temperature,
+        top_p=sampler.top_p,
+        top_k=sampler.top_k,
+        stop=sampler.stop,
+        samples_per_prompt=sampler.samples_per_prompt,
+    )
+
+
+def make_phases(
+    config: RunConfig, method: Method, merge_ids: tuple[tuple[int, ...], ...] = ()
+) -> tuple[Phase, ...]:
+    """The phases of a run, in order."""
+    settings = sampler_settings(config)
+    phases = []
+    warmup, train = config.warmup, config.train
+    if warmup.steps:
+        supervised = method_from_tree("sft" if warmup.source == "data" else "sft_on_teacher")
+        phases.append(
+            Phase(
+                "warmup",
+                supervised,
+                warmup.steps,
+                warmup.prompts_per_step,
+                1,
+                warmup,
+                make_plan(supervised, settings, merge_ids=merge_ids),
+            )
+        )
+    plan = make_plan(
+        method, settings, updates_per_rollout=train.updates_per_rollout, merge_ids=merge_ids
+    )
+    phases.append(
+        Phase(
+            "train",
+            method,
+            train.steps,
+            train.prompts_per_step,
+            train.updates_per_rollout,
+            train,
+            plan,
+        )
+    )
+    return tuple(phases)
+
+
+def _teacher(
+    run: Run, given: LoadedModel | Teacher | None, device: torch.device, method: Method
+) -> tuple[LoadedModel | None, Teacher | None]:
+    config = run.config
+    if isinstance(given, LoadedModel):
+        return given, None
+    if given is not None:
+        return None, given
+    wanted = (
+        bool(method.objective.views() - {"reference"})
+        or method.states.teacher > 0
+        or (config.warmup.steps > 0 and config.warmup.source == "teacher")
+    )
+    if config.teacher.model:
+        return load_teacher(run, device), None
+    if wanted:
+        raise ConfigError(
+            f"{run.source}: the method {method.name!r} needs a teacher; set teacher.model to a "
+            "folder or a Hugging Face id"
+        )
+    return None, None
+
+
+def _teachers(
+    config: RunConfig,
+    method: Method,
+    scorer: Teacher | None,
+    loaded: LoadedModel | None,
+    vocab_size: int,
+) -> dict[str, Teacher]:
+    teachers: dict[str, Teacher] = {}
+    for view in method.views:
+        if view.source != "teacher":
+            continue
+        if scorer is not None:
+            teachers[view.name] = scorer
+        elif loaded is not None:
+            teachers[view.name] = LocalTeacher(
+                loaded, vocab_size=vocab_size, max_tokens=config.teacher.max_tokens
+            )
+    for need in method.objective.needs:
+        teacher = teachers.get(need.view)
+        if teacher is not None and not teacher.can(need):
+            raise TeacherError(
+                f"the view {need.view!r} cannot give {need.field!r} on {need.support!r}, which "
+                f"{method.name!r} needs; choose another method or teacher"
+            )
+    return teachers
+
+
+def _merge_ids(
+    config: RunConfig, student: LoadedModel, teacher: LoadedModel | None
+) -> tuple[tuple[int, ...], ...]:
+    if not config.method.merge_stop_ids:
+        return ()
+    ids = list(dict.fromkeys((*student.eos_ids, *(teacher.eos_ids if teacher else ()))))
+    return (tuple(ids),) if len(ids) > 1 else ()
+
+
+def prompt_settings(data: DataConfig, *, with_responses: bool) -> PromptSettings:
+    """How records become prompts, as the run file says."""
+    return PromptSettings(
+        prompt_column=data.prompt_column,
+        messages_column=data.messages_column,
+        answer_column=data.answer_column,
+        response_column=data.response_column,
+        with_responses=with_responses,
+        chat_template_kwargs=data.chat_template_kwargs,
+        max_prompt_tokens=data.max_prompt_tokens,
+        bad_prompts=data.too_long,
+    )
+
+
+def load_set(run: Run, source: Any, student: LoadedModel, *, responses: bool = False) -> PromptSet:
+    """A finite set of prompts: of a task its test prompts, otherwise the whole source."""
+    config = run.config
+    if isinstance(source, str) and source.startswith("task:"):
+        splits = load_splits(
+            source,
+            tokenizer=student.tokenizer,
+            validation=1,
+            test=config.evaluate.test_prompts,
+            eos_ids=student.eos_ids,
+        )
+        return splits.test
+    return load_prompts(
+        source,
+        tokenizer=student.tokenizer,
+        settings=prompt_settings(config.data, with_responses=responses),
+        base_folder=run.base,
+        eos_ids=student.eos_ids,
+    )
+
+
+def load_run_prompts(
+    run: Run, student: LoadedModel, given: Sequence[Any] | None, phases: Sequence[Phase]
+) -> tuple[PromptSet, PromptSet, PromptSet]:
+    """Prompts to train on, to validate on and to test on."""
+    config = run.config
+    source: Any = config.data.prompts if given is None else given
+    responses = any(phase.method.states.data > 0 for phase in phases)
+    is_task = isinstance(source, str) and source.startswith("task:")
+    own_validation = bool(config.data.validation) and not is_task
+    held_out = config.evaluate.prompts if is_task else config.data.held_out
+    splits = load_splits(
+        source,
+        tokenizer=student.tokenizer,
+        validation=0 if own_validation else held_out,
+        test=config.evaluate.test_prompts if is_task else 0,
+        settings=prompt_settings(config.data, with_responses=responses),
+        base_folder=run.base,
+        eos_ids=student.eos_ids,
+    )
+    if responses:
+        _check_responses(splits.train)
+    validation = load_set(run, config.data.validation, student) if own_validation else splits.validation
+    if config.data.test:
+        test = load_set(run, config.data.test, student)
+    else:
+        test = splits.test if is_task else validation
+    return splits.train, validation, test
+
+
+def _check_responses(prompts: PromptSet) -> None:
+    missing = [prompt.id for prompt in prompts.prompts if not prompt.response_ids]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(prompts.prompts)} prompts of {prompts.source} have no "
+            f"response ({missing[0]} the first), but a phase trains on data; give them a "
+            "`response` column or a chat that ends with the assistant"
+        )
+
+
+def find_verifier(run: Run, prompts: PromptSet) -> Verifier | None:
+    """The verifier of the run file; `auto` looks at the prompts. None where there is none."""
+    spec = run.config.data.verifier
+    if spec == "none":
+        return None
+    if spec == "auto":
+        if prompts.source.startswith("task:"):
+            spec = "task"
+        elif any(prompt.answer is not None for prompt in prompts.prompts):
+            spec = "exact"
+        else:
+            return None
+    return resolve_verifier(spec, base_folder=run.base)
+
+
+def _check_writers(session: Session) -> None:
+    for phase in session.phases:
+        if phase.method.states.teacher > 0 and session.teacher_sampler is None:
+            raise TeacherError(
+                f"phase {phase.name!r} trains on text the teacher writes, but the teacher only "
+                "scores; use a teacher that is a model"
+            )
+
+
+def _notes(session: Session) -> list[str]:
+    notes = []
+    for prompts in (session.train_prompts, session.validation):
+        if prompts.skipped_empty or prompts.skipped_long:
+            notes.append(
+                f"{prompts.source}: skipped {prompts.skipped_empty} empty prompts and "
+                f"{prompts.skipped_long} longer than {session.config.data.max_prompt_tokens} tokens"
+            )
+    for phase in session.phases:
+        if phase.method.states.student and phase.plan.mismatch:
+            notes.append(f"{phase.name}: " + "; ".join(phase.plan.mismatch))
+    return notes

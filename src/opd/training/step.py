@@ -1,0 +1,271 @@
+"""The parts of one step, each a function: draw, observe, score, signal, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd.errors import TrainingError
+from opd.formula import support
+from opd.objective import Objective
+from opd.rollout.pack import Part, join_parts, split, with_token
+from opd.student import Student
+from opd.training.plan import Plan, reply_is_distribution
+from opd.types import (
+    Batch,
+    Bound,
+    FieldKey,
+    Prompt,
+    Provenance,
+    Rollout,
+    Stat,
+    Teacher,
+    TeacherRequest,
+    TeacherScores,
+    add_stats,
+    pack_rows,
+    unpack_rows,
+)
+
+
+def share_out(total: int, shares: Sequence[float], step: int) -> list[int]:
+    """How many of `total` sequences each source writes at `step`; exact over many steps.
+
+    No draw, so nothing random decides who writes. Counts are never negative and sum to `total`;
+    over the steps so far no source is further than one sequence per source from its share.
+    """
+    before, after = _written(total * step, shares), _written(total * (step + 1), shares)
+    return [now - then for now, then in zip(after, before, strict=True)]
+
+
+def _written(sequences: int, shares: Sequence[float]) -> list[int]:
+    """Of the first so many sequences, how many each source wrote: its part of what is left."""
+    counts, left, share_left = [], sequences, sum(shares)
+    for share in shares:
+        share_after = share_left - share
+        all_left = share_after < 1e-9
+        count = left if all_left else math.floor(left * share / share_left + 1e-9)
+        counts.append(count)
+        left, share_left = left - count, 0.0 if all_left else share_after
+        if all_left:
+            break
+    return counts + [0] * (len(shares) - len(counts))
+
+
+def rollout_from_data(prompts: Sequence[Prompt]) -> Rollout:
+    """The data set's own responses as a rollout; nothing is sampled."""
+    responses = [prompt.response_ids or () for prompt in prompts]
+    width = max((len(response) for response in responses), default=0)
+    tokens = torch.zeros((len(prompts), width), dtype=torch.long)
+    mask = torch.zeros((len(prompts), width), dtype=torch.bool)
+    provenance = torch.full((len(prompts), width), int(Provenance.PADDING))
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        length = len(response)
+        tokens[row, :length] = torch.tensor(response, dtype=torch.long)
+        open_rows = torch.tensor(prompt.response_mask or (True,) * length, dtype=torch.bool)
+        mask[row, :length] = open_rows
+        provenance[row, :length] = torch.where(
+            open_rows, int(Provenance.DATA), int(Provenance.TOOL)
+        )
+    return Rollout(
+        prompt_ids=tuple(prompt.prompt_ids for prompt in prompts),
+        tokens=tokens,
+        mask=mask,
+        provenance=provenance,
+        sampler_logp=torch.zeros(tokens.shape),
+        policy_version=torch.full(tokens.shape, -1),
+        group=torch.arange(len(prompts)),
+        stop_reason=("eos",) * len(prompts),
+        verdict=torch.full((len(prompts),), math.nan),
+        prompts=tuple(prompts),
+        model_inputs=tuple(prompt.model_inputs for prompt in prompts),
+    )
+
+
+def observe(
+    student: Student,
+    batch: Batch,
+    rollout: Rollout,
+    objective: Objective,
+    plan: Plan,
+    max_tokens: int,
+) -> Batch:
+    """Add what must be known of the student at rollout time: `old_logp`, its top ids.
+
+    From the sampler where it drew from the very policy that is compared; otherwise from one
+    visit without gradient.
+    """
+    k = objective.support_size("student_top_ids")
+    old, top = FieldKey("student_logp"), FieldKey("student_top_ids", "", _top(k))
+    wanted = {"old_logp": old, "student_top_ids": top}
+    seen = visit(
+        student,
+        batch,
+        frozenset(wanted[name] for name in plan.observe),
+        objective.temperature,
+        max_tokens,
+    )
+    changes: dict[str, Any] = {}
+    if "old_logp" in objective.field_names():
+        mask = batch.token.mask
+        changes["old_logp"] = (
+            unpack_rows(seen[old], mask) if old in seen else batch.token.sampler_logp
+        )
+    if k:
+        from_sampler = rollout.sampler_top_ids
+        ids = seen[top] if top in seen else pack_rows(_known(from_sampler), rollout.mask)
+        changes["student_top_ids"] = ids.to(batch.input_ids.device)
+    return with_token(batch, **changes) if changes else batch
+
+
+def score(teachers: Mapping[str, Teacher], batch: Batch, objective: Objective, plan: Plan) -> Batch:
+    """Ask every view for what the objective needs of it, and no more."""
+    views: dict[str, TeacherScores] = {}
+    for view in sorted(objective.views()):
+        request = TeacherRequest(
+            batch=batch,
+            distribution=reply_is_distribution(plan.needs, view),
+            sampled=any(need.view == view and need.field == "logp" for need in plan.needs),
+            top_k=objective.support_size("teacher_top_ids"),
+            temperature=objective.temperature,
+        )
+        views[view] = teachers[view].score(request)
+    return with_token(batch, views=views) if views else batch
+
+
+def signal(
+    student: Student,
+    batch: Batch,
+    objective: Objective,
+    plan: Plan,
+    max_tokens: int,
+    *,
+    fresh: bool,
+) -> Batch:
+    """Settle coupled quantities at the current weights; a no-op where nothing is coupled.
+
+    Args:
+        fresh: no update has happened since the rollout, so the sampler's log-probabilities
+            are the student's where the policies agree.
+    """
+    if not plan.signal:
+        return batch
+    values: dict[FieldKey, Tensor] = {}
+    keys = objective.signal_keys()
+    for key in keys:
+        view = batch.token.views.get(key.view)
+        if key.name == "teacher_logp" and view is not None and view.sampled_logp is not None:
+            values[key] = view.sampled_logp
+        elif key.name == "student_logp" and fresh and plan.same_policy:
+            values[key] = pack_rows(batch.token.sampler_logp, batch.token.mask)
+    missing = frozenset(keys - values.keys())
+    values |= visit(student, batch, missing, objective.temperature, max_tokens)
+    return with_token(batch, coupled=objective.signal(batch.token, values))
+
+
+def update(
+    student: Student, batch: Batch, objective: Objective, max_tokens: int, *, step: int
+) -> dict[str, Stat]:
+    """Gradient of the objective over the whole batch, accumulated over micro-batches.
+
+    Raises:
+        TrainingError: a loss that is not finite; names the step and the term.
+    """
+    stats: list[Mapping[str, Stat]] = []
+    for part in split(batch, max_tokens=max_tokens):
+        with memory_advice("train.max_tokens", max_tokens):
+            out = student(part.batch, objective)
+            assert out.loss is not None
+            if not torch.isfinite(out.loss):
+                raise TrainingError(_blame(out.rows, part, objective, step))
+            if out.loss.requires_grad:
+                out.loss.backward()
+        stats.append(out.stats)
+    return add_stats(stats)
+
+
+def blame_gradient(student: Student, batch: Batch, objective: Objective, max_tokens: int) -> str:
+    """Which term's own gradient is not finite, in words; discards the accumulated gradient."""
+    for label, term in objective.labelled():
+        student.zero_grad(set_to_none=True)
+        alone = Objective(replace(term, name=label), temperature=objective.temperature)
+        for part in split(batch, max_tokens=max_tokens):
+            loss = student(part.batch, alone).loss
+            if loss.requires_grad:
+                loss.backward()
+        gradients = [parameter.grad for parameter in student.trainable().values()]
+        if not all(torch.isfinite(grad).all() for grad in gradients if grad is not None):
+            return f"the term {label!r}"
+    return "the sum of the terms"
+
+
+def visit(
+    student: Student,
+    batch: Batch,
+    keys: frozenset[FieldKey],
+    temperature: float,
+    max_tokens: int,
+) -> dict[FieldKey, Tensor]:
+    """Fields of the whole batch from a visit without gradient, in the order of its rows."""
+    if not keys:
+        return {}
+    found: dict[FieldKey, list[tuple[Tensor, Tensor]]] = {key: [] for key in keys}
+    for part in split(batch, max_tokens=max_tokens):
+        with memory_advice("train.max_tokens", max_tokens):
+            out = student(part.batch, wanted=keys, temperature=temperature)
+        for key, value in out.fields.items():
+            found[key].append((part.rows, value))
+    total = batch.row_index.shape[0]
+    return {key: join_parts(values, total) for key, values in found.items()}
+
+
+@contextmanager
+def memory_advice(knob: str, value: int) -> Iterator[None]:
+    """Turn running out of memory into an error that names the knob."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        first_line = str(error).split("\n", 1)[0] or type(error).__name__
+        raise TrainingError(
+            f"out of memory in a micro-batch of at most {value} tokens: lower {knob} "
+            f"(now {value}), which changes no result, or sampler.max_new_tokens. ({first_line})"
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The CPU allocator raises a plain RuntimeError, known by its words alone."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
+def _top(k: int) -> Bound | None:
+    return Bound.of(support.student_top_k).with_knobs(k=k) if k else None
+
+
+def _known(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise TrainingError("the sampler returned no top ids although they were asked for")
+    return value
+
+
+def _blame(rows: Mapping[str, Tensor], part: Part, objective: Objective, step: int) -> str:
+    for label, factor in objective.reduction_factors(part.batch).items():
+        counted = rows[f"loss/{label}"][factor != 0]
+        bad = int((~torch.isfinite(counted)).sum())
+        if bad:
+            return (
+                f"step {step}: the term {label!r} is not finite on {bad} of {counted.numel()} "
+                "tokens; the last checkpoint is intact. A reverse KL is infinite where the teacher "
+                "gives a token no mass: try generalized_jsd or a top-k support; or lower "
+                "train.learning_rate"
+            )
+    return f"step {step}: the loss is not finite; the last checkpoint is intact"

@@ -1,0 +1,538 @@
+"""The records every part exchanges. Frozen, small, and without behaviour beyond their invariants.
+
+Axes: B sequences, T response tokens, N packed response rows, K support entries, V vocabulary,
+H hidden width. Index `t` is the token being predicted. Scalars per token are `[B, T]` with a
+mask; whatever has a vocabulary, support or hidden axis is packed to `[N, ...]`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+class Provenance(IntEnum):
+    """Who chose a token."""
+
+    PADDING = 0
+    STUDENT = 1
+    DATA = 2
+    TEACHER = 3
+    TOOL = 4
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A metric as a sum and a count, so that averages of parts combine exactly."""
+
+    total: float
+    count: float
+
+    def __add__(self, other: Stat) -> Stat:
+        return Stat(self.total + other.total, self.count + other.count)
+
+    @property
+    def mean(self) -> float:
+        """`total / count`; NaN where nothing was counted."""
+        return self.total / self.count if self.count else float("nan")
+
+
+def add_stats(stats: Iterable[Mapping[str, Stat]]) -> dict[str, Stat]:
+    """Sum of several groups of metrics, name by name."""
+    merged: dict[str, Stat] = {}
+    for group in stats:
+        for name, stat in group.items():
+            merged[name] = merged[name] + stat if name in merged else stat
+    return merged
+
+
+# --------------------------------------------------------------------------------------------
+# Composition
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A function with its knobs: what a slot of a composition stores.
+
+    Two bounds are equal when they name the same function and the same knobs, however they were
+    made: `functools.partial` is normalised to this form. A knob is a number, a string, a
+    boolean, a tuple of these, or a schedule.
+    """
+
+    function: Callable[..., Any] = field(compare=False)
+    knobs: tuple[tuple[str, Any], ...] = ()
+    name: str = ""
+
+    @classmethod
+    def of(cls, value: Callable[..., Any] | Bound) -> Bound:
+        """Normalise a function, a `functools.partial` of one, or a bound."""
+        if isinstance(value, Bound):
+            return value
+        knobs: dict[str, Any] = {}
+        while isinstance(value, functools.partial):
+            if value.args:
+                raise ValueError(
+                    f"{qualified_name(value.func)}: knobs are keyword-only, "
+                    f"got positional {value.args!r}"
+                )
+            knobs = {**value.keywords, **knobs}
+            value = value.func
+        if not callable(value):
+            raise TypeError(f"a slot takes a function or a partial of one, got {value!r}")
+        frozen = {key: tuple(v) if isinstance(v, list) else v for key, v in knobs.items()}
+        return cls(value, tuple(sorted(frozen.items())), qualified_name(value))
+
+    @property
+    def short_name(self) -> str:
+        """The function's own name, without its module."""
+        return self.name.rsplit(".", 1)[-1]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args, **dict(self.knobs))
+
+    def with_knobs(self, **knobs: Any) -> Bound:
+        """The same function with some knobs replaced."""
+        return replace(self, knobs=tuple(sorted({**dict(self.knobs), **knobs}.items())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebind, (self.name, self.knobs))
+
+
+def qualified_name(function: Callable[..., Any]) -> str:
+    """`package.module.function`, the identity of a function in hashes and files."""
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _rebind(name: str, knobs: tuple[tuple[str, Any], ...]) -> Bound:
+    module, _, attribute = name.rpartition(".")
+    return Bound(getattr(importlib.import_module(module), attribute), knobs, name)
+
+
+@dataclass(frozen=True)
+class StateSource:
+    """Which process writes the responses: shares of student, data and teacher, summing to 1.
+
+    `student` is the share of sequences the current student samples, `teacher` the share the
+    teacher samples, `data` the share taken from the data set.
+    """
+
+    student: float = 1.0
+    data: float = 0.0
+    teacher: float = 0.0
+
+    def __post_init__(self) -> None:
+        shares = (self.student, self.data, self.teacher)
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+            raise ValueError(
+                f"state source shares must be >= 0 and sum to 1, got student={self.student}, "
+                f"data={self.data}, teacher={self.teacher}"
+            )
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """One distribution that fills a teacher slot.
+
+    Attributes:
+        name: how terms refer to it: `teacher`, `teacher.NAME` or `reference`.
+        source: `teacher` (the run's teacher model) or `initial_student` (the student at step 0).
+    """
+
+    name: str = "teacher"
+    source: str = "teacher"
+
+    def __post_init__(self) -> None:
+        if self.source not in ("teacher", "initial_student"):
+            raise ValueError(
+                f"view {self.name!r}: source must be 'teacher' or 'initial_student', "
+                f"got {self.source!r}"
+            )
+
+
+@dataclass(frozen=True)
+class FieldKey:
+    """One field of `FIELDS` as a term sees it: whose view, on which support, with which tail."""
+
+    name: str
+    view: str = ""
+    support: Bound | None = None
+    tail: str = ""
+
+
+@dataclass(frozen=True, order=True)
+class Need:
+    """One thing a view must return: a field, on a support, with at most `k` entries."""
+
+    view: str
+    field: str
+    support: str
+    k: int = 0
+
+
+# --------------------------------------------------------------------------------------------
+# Data and rollouts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, encoded, with what a verifier needs to judge a response.
+
+    Attributes:
+        id: stable across runs; names the prompt in samples and error messages.
+        prompt_ids: encoded prompt, special tokens included.
+        text: the prompt as a person reads it.
+        answer: reference answer for the verifier, if the data has one.
+        response_ids: a response from the data set, end token included, if the data has one.
+        response_mask: True where a loss may look at `response_ids` (False: tool results).
+        columns: the remaining columns of the record, untouched.
+        model_inputs: extra model inputs (an image, say), carried from prompt to model untouched.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    text: str
+    answer: str | None = None
+    response_ids: tuple[int, ...] | None = None
+    response_mask: tuple[bool, ...] | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    model_inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verifier's judgement of one response: a score in [0, 1] and, if it says so, why."""
+
+    score: float
+    reason: str = ""
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Judges one response. `response` is the decoded text without special tokens."""
+
+    def __call__(self, prompt: Prompt, response: str, *, finished: bool) -> Verdict: ...
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How responses are sampled.
+
+    Attributes:
+        max_new_tokens: limit on the response, in tokens, end token included.
+        temperature: divides the logits; 0 is greedy.
+        top_p: keeps the smallest set of tokens whose mass reaches this; 1 keeps all.
+        top_k: keeps that many likeliest tokens; 0 keeps all.
+        stop: strings that end a response; the text up to and including the string is kept.
+        samples_per_prompt: responses sampled for every prompt.
+        student_top_k: return the ids of that many likeliest tokens at every position; 0: none.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    samples_per_prompt: int = 1
+    student_top_k: int = 0
+
+    def __post_init__(self) -> None:
+        for name, good, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, ">= 1"),
+            ("temperature", self.temperature >= 0, ">= 0 (0 is greedy)"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, ">= 0 (0 keeps all)"),
+            ("samples_per_prompt", self.samples_per_prompt >= 1, ">= 1"),
+            ("student_top_k", self.student_top_k >= 0, ">= 0"),
+        ):
+            if not good:
+                raise ValueError(f"sampler.{name} must be {rule}, got {getattr(self, name)}")
+
+    @property
+    def truncates(self) -> bool:
+        """True where some tokens can never be sampled, so the sampler is not the student."""
+        return self.top_p < 1 or self.top_k > 0 or self.temperature == 0
+
+
+STOP_REASONS = ("eos", "stop_string", "length")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses and what is known about their tokens. Index `t` is the token being predicted.
+
+    Attributes:
+        prompt_ids: B encoded prompts.
+        tokens: response tokens, padded on the right.
+        mask: True where a loss may look; False on tool results and padding.
+        provenance: `Provenance` of every token.
+        sampler_logp: log-probability under the distribution that was sampled from, temperature
+            and truncation included; 0 where the token was not sampled.
+        policy_version: optimizer steps the sampling weights had seen; -1 where not sampled.
+        group: index of the prompt within the batch; samples of one prompt share it.
+        stop_reason: one of `STOP_REASONS` per sequence.
+        verdict: the verifier's score per sequence; NaN where there is none.
+        sampler_top_ids: ids of the sampler's likeliest tokens, before truncation, if asked for.
+        prompts: the records the responses answer, one per sequence.
+        model_inputs: extra model inputs per sequence.
+    """
+
+    prompt_ids: tuple[tuple[int, ...], ...]
+    tokens: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    provenance: Int[Tensor, "B T"]
+    sampler_logp: Float[Tensor, "B T"]
+    policy_version: Int[Tensor, "B T"]
+    group: Int[Tensor, " B"]
+    stop_reason: tuple[str, ...]
+    verdict: Float[Tensor, " B"]
+    sampler_top_ids: Int[Tensor, "B T K"] | None = None
+    prompts: tuple[Prompt, ...] = ()
+    model_inputs: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def lengths(self) -> Int[Tensor, " B"]:
+        """Tokens per response, tool results included, padding not."""
+        return (self.provenance != Provenance.PADDING).sum(1)
+
+
+# --------------------------------------------------------------------------------------------
+# Teachers
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """The map from hidden states to logits, with the family's own transformations.
+
+        logits = soft_cap(logit_scale * (hidden @ weight[:vocab_size].T + bias[:vocab_size]))
+        soft_cap(z) = c * tanh(z / c), or z where there is no cap
+
+    Attributes:
+        weight: may have more rows than there are tokens; the surplus carries no mass.
+        vocab_size: number of real tokens.
+    """
+
+    weight: Float[Tensor, "V_padded H"]
+    vocab_size: int
+    bias: Float[Tensor, " V_padded"] | None = None
+    logit_scale: float = 1.0
+    soft_cap: float | None = None
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What a teacher returned for N response rows. Every field is optional.
+
+    Attributes:
+        sampled_logp: log-probability of the row's own token.
+        top_ids, top_logp: the teacher's own likeliest tokens, likeliest first.
+        ids, ids_logp: ids that were asked for, and their log-probabilities.
+        logsumexp: log of the normaliser of the teacher's logits.
+        entropy: in nats.
+        hidden: last hidden states; `unembedding` turns them into logits.
+        log_probs: the whole distribution.
+        provenance: revision, template and tokenizer hashes, as the teacher states them.
+    """
+
+    sampled_logp: Float[Tensor, " N"] | None = None
+    top_ids: Int[Tensor, "N K"] | None = None
+    top_logp: Float[Tensor, "N K"] | None = None
+    ids: Int[Tensor, "N J"] | None = None
+    ids_logp: Float[Tensor, "N J"] | None = None
+    logsumexp: Float[Tensor, " N"] | None = None
+    entropy: Float[Tensor, " N"] | None = None
+    hidden: Float[Tensor, "N H"] | None = None
+    log_probs: Float[Tensor, "N V"] | None = None
+    unembedding: Unembedding | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    row_index: Int[Tensor, " N"] | None = None
+    id_map: Int[Tensor, " V"] | None = None
+
+    def rows(self, index: Tensor | slice) -> TeacherScores:
+        """The same scores for some of the rows."""
+        picked = {
+            name: value[index]
+            for name in _TEACHER_ROW_FIELDS
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **picked)
+
+
+_TEACHER_ROW_FIELDS = (
+    "sampled_logp",
+    "top_ids",
+    "top_logp",
+    "ids",
+    "ids_logp",
+    "logsumexp",
+    "entropy",
+    "hidden",
+    "log_probs",
+    "row_index",
+)
+
+
+@dataclass(frozen=True)
+class TeacherRequest:
+    """What the objective needs from one view, for one rollout batch.
+
+    Attributes:
+        distribution: enough to build the whole distribution: `hidden` or `log_probs`.
+        sampled: the log-probability of the row's own token.
+        top_k: that many of the teacher's own likeliest tokens; 0: none.
+        ids: tokens to score at every row.
+        temperature: divides the teacher's logits.
+    """
+
+    batch: Batch
+    distribution: bool = True
+    sampled: bool = False
+    top_k: int = 0
+    ids: Int[Tensor, "N K"] | None = None
+    temperature: float = 1.0
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Scores response rows."""
+
+    def score(self, request: TeacherRequest) -> TeacherScores: ...
+
+    def can(self, need: Need) -> bool:
+        """Whether a reply can hold this need."""
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Writes responses to prompts."""
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        settings: SamplerSettings,
+        *,
+        generator: torch.Generator,
+        policy_version: int = 0,
+    ) -> Rollout: ...
+
+
+# --------------------------------------------------------------------------------------------
+# Batches
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What a formula may read about B responses of at most T tokens.
+
+    `views` and `top_ids` are packed to the N rows where `mask` is True, in row-major order.
+
+    Attributes:
+        old_logp: under the trainer's weights at rollout time.
+        coupled: results of the signal phase, `[B, T]` each, detached; named
+            `advantage.<term>` and `weight.<term>.<place>`.
+        special: True on special tokens of the tokenizer other than end tokens.
+        student_top_ids: the student's likeliest tokens, chosen once per rollout batch, packed.
+        extra: `[B]` or `[B, T]` columns from data or a verifier.
+    """
+
+    tokens: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    provenance: Int[Tensor, "B T"]
+    sampler_logp: Float[Tensor, "B T"]
+    group: Int[Tensor, " B"]
+    verdict: Float[Tensor, " B"]
+    old_logp: Float[Tensor, "B T"] | None = None
+    views: Mapping[str, TeacherScores] = field(default_factory=dict)
+    special: Bool[Tensor, "B T"] | None = None
+    student_top_ids: Int[Tensor, "N K"] | None = None
+    coupled: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Count:
+    """Denominators of the reductions for one kind of rows, over the whole optimizer step."""
+
+    rows: float
+    sequences: float
+
+
+ROW_KINDS: Mapping[str, tuple[Provenance, ...]] = MappingProxyType(
+    {
+        "student": (Provenance.STUDENT,),
+        "data": (Provenance.DATA,),
+        "teacher": (Provenance.TEACHER,),
+        "all": (Provenance.STUDENT, Provenance.DATA, Provenance.TEACHER),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: what the student's forward takes.
+
+    Attributes:
+        input_ids: prompt and response, padded on the right, L tokens.
+        lengths: tokens in use per sequence, prompt included.
+        row_index: flat index into `B * L` of the position whose hidden state predicts row n.
+        bootstrap_row: flat index of the position after the last token, for a critic; -1 where
+            the response ended by itself.
+        counts: denominators by row kind, over the whole optimizer step and all ranks.
+        merge_ids: groups of ids whose mass is summed into the first, on both sides.
+        model_inputs: further keyword arguments of the model's forward.
+    """
+
+    input_ids: Int[Tensor, "B L"]
+    lengths: Int[Tensor, " B"]
+    row_index: Int[Tensor, " N"]
+    bootstrap_row: Int[Tensor, " B"]
+    counts: Mapping[str, Count]
+    token: TokenBatch
+    merge_ids: tuple[tuple[int, ...], ...] = ()
+    model_inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """What one forward of the student returns.
+
+    Attributes:
+        loss: the objective's share of this micro-batch, ready for `backward()`; None without
+            an objective.
+        stats: (sum, count) metrics.
+        rows: per-row by-products, packed, detached.
+        fields: the fields that were `wanted`, packed, detached.
+    """
+
+    loss: Float[Tensor, ""] | None
+    stats: Mapping[str, Stat] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    fields: Mapping[FieldKey, Tensor] = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------------------------
+# Packing scalars
+
+
+def pack_rows(values: Tensor, mask: Bool[Tensor, "B T"]) -> Tensor:
+    """`[B, T, ...]` to `[N, ...]`: the entries where `mask` is True, row-major."""
+    return values[mask]
+
+
+def unpack_rows(values: Tensor, mask: Bool[Tensor, "B T"]) -> Tensor:
+    """`[N, ...]` to `[B, T, ...]`; the inverse of `pack_rows`, zero where `mask` is False."""
+    full = values.new_zeros((*mask.shape, *values.shape[1:]))
+    return full.masked_scatter(
+        mask.reshape(*mask.shape, *(1 for _ in values.shape[1:])).expand_as(full), values
+    )
