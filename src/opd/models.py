@@ -868,7 +868,9 @@ def _lasting_reference(reference: str) -> str:
 # Saving
 
 
-def save_model(loaded: LoadedModel, folder: str | Path, *, merge_lora: bool = True) -> None:
+def save_model(
+    loaded: LoadedModel, folder: str | Path, *, merge_lora: bool = True, dtype: str = "auto"
+) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
     It holds weights, generation config, tokenizer and chat template. The weights of the live
@@ -876,19 +878,33 @@ def save_model(loaded: LoadedModel, folder: str | Path, *, merge_lora: bool = Tr
 
     Args:
         merge_lora: add adapters into the weights; False writes the adapter alone.
+        dtype: of the written weights; `auto` is that of the live ones. An adapter keeps its own.
 
     Raises:
         ConfigError: an adapter alone, whose base exists in no folder.
     """
     base = _bare(loaded.model)
     with _quiet():
-        if base is loaded.model:
-            base.save_pretrained(folder)
-        elif merge_lora:
-            base.save_pretrained(folder, state_dict=_merged_state(base))
-        else:
+        if base is not loaded.model and not merge_lora:
             _save_adapter(loaded, folder)
+        else:
+            state = base.state_dict() if base is loaded.model else _merged_state(base)
+            _save_weights(base, state, Path(folder), _resolve_dtype(dtype) or base.dtype)
         loaded.tokenizer.save_pretrained(folder)
+
+
+def _save_weights(
+    base: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
+) -> None:
+    cast_state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
+    base.save_pretrained(folder, state_dict=cast_state)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_adapter(loaded: LoadedModel, folder: str | Path) -> None:

@@ -33,8 +33,8 @@ def main(arguments: Namespace) -> int:
         print_json(rows)
         return 0
     screen = console()
-    screen.print(_draw(rows, arguments.samples))
-    screen.print(f"weights: {found[0].weights}; brackets: 95 % intervals over prompts")
+    screen.print(_draw(rows))
+    screen.print(f"weights: {found[0].weights}; greedy, and {arguments.samples} samples per prompt")
     for measured in found:
         if not measured.verified:
             screen.print(
@@ -64,7 +64,9 @@ def parse_ks(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--k takes whole numbers with commas, such as 1,4,8, got {text!r}") from None
+        raise ConfigError(
+            f"--k takes whole numbers with commas, such as 1,4,8, got {text!r}"
+        ) from None
 
 
 def _row(measured: Measured, samples: int) -> dict[str, Any]:
@@ -84,24 +86,16 @@ def _row(measured: Measured, samples: int) -> dict[str, Any]:
     }
 
 
-def _draw(rows: Sequence[Mapping[str, Any]], samples: int) -> Table:
-    ks = list(rows[0]["pass_at_k"])
-    figures = ["prompts", "greedy", f"mean@{samples}", *(f"pass@{k}" for k in ks), "length", "cut"]
-    made = table("set", *figures, right=figures)
+def _draw(rows: Sequence[Mapping[str, Any]]) -> Table:
+    made = table("set", "figure", "value", "95 % interval", right=("value",))
     for row in rows:
-        made.add_row(
-            row["set"],
-            f"{row['prompts']:,}",
-            _with_interval(row["greedy"]),
-            _with_interval(row["mean_at_n"]),
-            *(_with_interval(row["pass_at_k"].get(k)) for k in ks),
-            number(row["length"], 1),
-            f"{row['truncated']:.1%}",
-        )
+        scores = {"greedy": row["greedy"], f"mean@{row['samples']}": row["mean_at_n"]}
+        scores |= {f"pass@{k}": score for k, score in row["pass_at_k"].items()}
+        label = f"{row['set']}, {row['prompts']:,} prompts"
+        for name, score in scores.items():
+            if score is not None and number(score["value"]) != "-":
+                made.add_row(label, name, number(score["value"]), interval(score))
+                label = ""
+        made.add_row(label, "length, tokens", number(row["length"], 1))
+        made.add_row("", "cut by the limit", number(row["truncated"]), end_section=True)
     return made
-
-
-def _with_interval(score: Mapping[str, Any] | None) -> str:
-    if score is None or number(score["value"]) == "-":
-        return "-"
-    return f"{number(score['value'])}\n[{interval(score)}]"

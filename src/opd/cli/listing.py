@@ -23,7 +23,9 @@ Row = dict[str, Any]
 def main(arguments: Namespace) -> int:
     """List one kind of thing."""
     if arguments.what not in KINDS:
-        raise ConfigError(f"there is no list of {arguments.what!r}. {nearest(arguments.what, KINDS)}")
+        raise ConfigError(
+            f"there is no list of {arguments.what!r}. {nearest(arguments.what, KINDS)}"
+        )
     rows, draw = KINDS[arguments.what]
     found = rows(Path(arguments.output))
     if arguments.json:

@@ -253,7 +253,9 @@ def _list(parser: Parser) -> None:
 
 
 def _eval(parser: Parser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="a run folder, or a model folder or hub id")
+    parser.add_argument(
+        "target", metavar="TARGET", help="a run folder, or a model folder or hub id"
+    )
     parser.flags.append("--set")
     parser.add_argument(
         "--set",

@@ -57,7 +57,7 @@ def interval(score: Mapping[str, Any]) -> str:
     """The 95 % interval of a score."""
     if score["low"] is None or math.isnan(score["low"]):
         return "-"
-    return f"{score['low']:.3f} to {score['high']:.3f}"
+    return f"{score['low']:.3f}–{score['high']:.3f}"
 
 
 def duration(seconds: float) -> str:

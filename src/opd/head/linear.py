@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opd.formula.divergence import student_entropy
 from opd.formula.numerics import project
-from opd.head.rows import ChunkFields
+from opd.head.rows import ChunkFields, likeliest
 from opd.objective import Objective, token_field
 from opd.types import (
     Batch,
@@ -162,7 +162,7 @@ class _Visit:
             {name: scores.rows(rows) for name, scores in token.views.items()},
             project_view,
         )
-        fields = {key: _wanted(look_up, key).detach() for key in self.wanted}
+        fields = {key: _wanted(look_up, log_probs, key).detach() for key in self.wanted}
         if self.objective is None:
             return HeadOutput(None, fields=fields)
         return replace(self._evaluate(log_probs, look_up, rows), fields=fields)
@@ -190,10 +190,10 @@ class _Visit:
         return HeadOutput(loss, counted, by_products)
 
 
-def _wanted(look_up: ChunkFields, key: FieldKey) -> Tensor:
+def _wanted(look_up: ChunkFields, log_probs: Float[Tensor, "n V"], key: FieldKey) -> Tensor:
     """A wanted field; the student's top ids are those of now, k of them by the key's support."""
     if key.name == "student_top_ids" and key.support is not None:
-        return look_up.student_top_ids(int(dict(key.support.knobs)["k"]))
+        return likeliest(log_probs, int(dict(key.support.knobs)["k"]))[1]
     return look_up(key)
 
 

@@ -101,10 +101,10 @@ class ChunkFields:
         if name == "teacher_top_ids":
             return self._teacher_top_ids(key.view, k)
         if name == "student_top_ids":
-            return self.student_top_ids(k)
+            return self._student_top_ids(k)
         return self(FieldKey(name))
 
-    def student_top_ids(self, k: int) -> Int[Tensor, "n K"]:
+    def _student_top_ids(self, k: int) -> Int[Tensor, "n K"]:
         """The ids chosen at rollout time where the batch holds them, else those of now."""
         try:
             return self._token_fields("student_top_ids")

@@ -27,7 +27,7 @@ from opd.training.memory import (
     memory_parts,
     trainable_parameters,
 )
-from opd.training.session import Phase, prompt_settings, find_verifier, build_method, make_phases
+from opd.training.session import Phase, build_method, find_verifier, make_phases, prompt_settings
 
 Level = Literal["error", "note"]
 T = TypeVar("T")
@@ -155,9 +155,7 @@ class _Checker:
         )
 
     def pair(self, student: ModelFacts, teacher: ModelFacts) -> None:
-        self.attempt(
-            "teacher.model", lambda: check_same_vocabulary(student.hollow, teacher.hollow)
-        )
+        self.attempt("teacher.model", lambda: check_same_vocabulary(student.hollow, teacher.hollow))
         if student.hollow.reference == teacher.hollow.reference:
             self.note("teacher.model", "teacher and student are the same model: nothing to learn")
 
@@ -195,8 +193,11 @@ class _Checker:
 
     def extras(self) -> None:
         config = self.run.config
-        wanted = [("log.trackers", TRACKERS[name], name) for name in config.log.trackers]
-        wanted += [("student.lora", "peft", "lora")] if config.student.lora.r else []
+        wanted: list[tuple[str, str, str]] = [
+            ("log.trackers", TRACKERS[name], name) for name in config.log.trackers
+        ]
+        if config.student.lora.r:
+            wanted.append(("student.lora", "peft", "lora"))
         for where, module, extra in wanted:
             if importlib.util.find_spec(module) is None:
                 self.error(where, f"needs the package {module}: pip install 'opd[{extra}]'")
@@ -294,11 +295,10 @@ class _Checker:
                     lambda: resolve_verifier(config.data.verifier, base_folder=self.run.base),
                 )
             return
-        verify = found
-        for prompt in prompts.prompts[:1]:
-            self.attempt(
-                "data.verifier", lambda: verify(prompt, prompt.answer or "", finished=True)
-            )
+        if prompts.prompts:
+            verify, prompt = found, prompts.prompts[0]
+            text = prompt.answer or ""
+            self.attempt("data.verifier", lambda: verify(prompt, text, finished=True))
 
     # -- the whole ---------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -49,6 +49,7 @@ class StudentConfig:
     Attributes:
         model: a folder, a Hugging Face id, or `builtin:sort-student`.
         dtype: of the weights in memory; float32 is the safe choice for training.
+        save_dtype: of the weights in the run's model folder; `auto` is that in memory.
         revision: of a Hugging Face id.
         trust_remote_code: run code that comes with the model.
         allow_pickle: load weights that are not safetensors.
@@ -56,6 +57,7 @@ class StudentConfig:
 
     model: str
     dtype: Dtype = "float32"
+    save_dtype: Dtype = "auto"
     revision: str = ""
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -315,20 +317,27 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Run:
     tree = read_toml(file)
     base = Path(tree.pop("paths", {}).get("base_folder", base))
     label = "the embedded default" if path is None else str(file)
-    return Run(from_tree(overridden(tree, overrides), source=label), base, label)
+    tree = overridden(tree, parse_overrides(overrides), source="command line")
+    return Run(from_tree(tree, source=label), base, label)
 
 
-def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The tree with the command line's settings in place of its own.
+def overridden(
+    tree: Mapping[str, Any], settings: Iterable[tuple[str, Any]], *, source: str
+) -> dict[str, Any]:
+    """The tree with some values replaced.
+
+    Args:
+        settings: dotted keys and their values.
+        source: where they are from, for messages.
 
     Raises:
-        ConfigError: names the command line and the key that is not known.
+        ConfigError: a key that is not known; names the nearest.
     """
     changed = copy.deepcopy(dict(tree))
-    for key, value in parse_overrides(overrides):
+    for key, value in settings:
         alone: dict[str, Any] = {}
         _set(alone, key, value)
-        _check_keys(alone, RunConfig, "", "command line")
+        _check_keys(alone, RunConfig, "", source)
         _set(changed, key, value)
     return changed
 
@@ -382,7 +391,9 @@ def check_names(config: RunConfig, source: str) -> None:
 def read_toml(file: Path) -> dict[str, Any]:
     """The file's tree, or an error that says where it is wrong."""
     if not file.exists():
-        siblings = [path.name for path in file.parent.glob("*.toml")] if file.parent.is_dir() else []
+        siblings = (
+            [path.name for path in file.parent.glob("*.toml")] if file.parent.is_dir() else []
+        )
         hint = nearest(file.name, siblings) if siblings else "`opd init` writes one that works."
         raise ConfigError(f"there is no run file {str(file)!r}. {hint}")
     try:
@@ -410,12 +421,12 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
 
 def to_toml(config: RunConfig) -> str:
     """The config as a run file that repeats the run: every key, defaults included."""
-    return _tables(dataclasses.asdict(config), ())  # type: ignore[call-overload]
+    return _tables(dataclasses.asdict(config), ())
 
 
 def to_json(config: RunConfig) -> str:
     """The config as JSON with sorted keys, for comparison and hashing."""
-    return json.dumps(dataclasses.asdict(config), sort_keys=True)  # type: ignore[call-overload]
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)
 
 
 # --------------------------------------------------------------------------------------------

@@ -214,9 +214,7 @@ def _needs(method: Method) -> dict[str, tuple[str, ...]]:
 
 
 def _phase_in_words(phase: Phase) -> str:
-    updates = (
-        f", {phase.updates_per_rollout} updates each" if phase.updates_per_rollout > 1 else ""
-    )
+    updates = f", {phase.updates_per_rollout} updates each" if phase.updates_per_rollout > 1 else ""
     return (
         f"{phase.name}: {phase.steps} steps of {phase.method.name}, {phase.prompts_per_step} "
         f"prompts each{updates}, learning rate {phase.optimizer.learning_rate:g}"

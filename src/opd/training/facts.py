@@ -60,7 +60,7 @@ class ModelFacts:
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         groups = getattr(config, "num_key_value_heads", None) or heads
-        return 2.0 * config.num_hidden_layers * groups * width * self.item_bytes
+        return float(2 * config.num_hidden_layers * groups * width) * self.item_bytes
 
 
 def read_facts(reference: str, config: StudentConfig | TeacherConfig) -> ModelFacts:

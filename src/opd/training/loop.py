@@ -417,7 +417,10 @@ class _Trainer:
         }
         with whole_folder(self.folder.model) as temporary:
             save_model(
-                session.student.loaded, temporary, merge_lora=session.config.student.lora.merge
+                session.student.loaded,
+                temporary,
+                merge_lora=session.config.student.lora.merge,
+                dtype=session.config.student.save_dtype,
             )
         for row in range(min(8, len(test.responses))):
             prompt = session.test.prompts[row]

@@ -14,7 +14,7 @@ from opd.data.prompts import PromptSet
 from opd.errors import ConfigError
 from opd.models import BUILTIN, LoadedModel, load_model, resolve_device
 from opd.rollout.local import LocalSampler
-from opd.training.config import Run, from_tree, load, overridden
+from opd.training.config import Run, from_tree, load, overridden, parse_overrides
 from opd.training.evaluate import Evaluation, evaluate
 from opd.training.folder import RunFolder
 from opd.training.session import (
@@ -109,9 +109,7 @@ def _checked_ks(ks: Sequence[int] | None, samples: int) -> tuple[int, ...]:
     return tuple(ks)
 
 
-def _run_for_model(
-    target: str, sets: Mapping[str, str] | None, overrides: Sequence[str]
-) -> Run:
+def _run_for_model(target: str, sets: Mapping[str, str] | None, overrides: Sequence[str]) -> Run:
     folder = Path(target)
     files = ("config.json", "adapter_config.json")
     if folder.is_dir() and not any((folder / file).exists() for file in files):
@@ -123,8 +121,12 @@ def _run_for_model(
             f"{target} is a model: say what to measure it on with --set NAME=SOURCE, for instance "
             "--set sort=task:sort or --set math=problems.jsonl"
         )
-    tree: dict[str, Any] = {"student": {"model": target}, "data": {"prompts": [*sets.values()][0]}}
-    return Run(from_tree(overridden(tree, overrides), source=target), Path.cwd(), target)
+    tree: dict[str, Any] = {
+        "student": {"model": target},
+        "data": {"prompts": next(iter(sets.values()))},
+    }
+    tree = overridden(tree, parse_overrides(overrides), source="command line")
+    return Run(from_tree(tree, source=target), Path.cwd(), target)
 
 
 def _model(run: Run) -> LoadedModel:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from opd.errors import ConfigError
 from opd.models import LoadedModel, load_model, resolve_device
-from opd.training.checkpoint import STATE, STUDENT, checkpoint_name, find_checkpoints, restore_student
+from opd.training.checkpoint import (
+    STATE,
+    STUDENT,
+    checkpoint_name,
+    find_checkpoints,
+    restore_student,
+)
 from opd.training.config import Run
 from opd.training.folder import RunFolder
 from opd.training.session import load_student
