@@ -32,6 +32,7 @@ __all__ = [
     "Measure",
     "Options",
     "Row",
+    "command_line",
     "compare",
     "cpu_seconds",
     "gradient_error",
@@ -241,12 +242,12 @@ def _cell(value: str | float | None) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def write_json(rows: Iterable[Row], path: str | Path) -> None:
+def write_json(rows: Iterable[Row | Mapping[str, Any]], path: str | Path) -> None:
     """Writes a plain list of row objects."""
-    _write(path, [asdict(row) for row in rows])
+    _write(path, [_plain(row) for row in rows])
 
 
-def write_result(path: str | Path, rows: Iterable[Row], command: str) -> None:
+def write_result(path: str | Path, rows: Iterable[Row | Mapping[str, Any]], command: str) -> None:
     """Writes rows that can be committed: with the command, the versions and the kind of machine."""
     _write(
         path,
@@ -254,9 +255,13 @@ def write_result(path: str | Path, rows: Iterable[Row], command: str) -> None:
             "command": command,
             "versions": _versions(),
             "machine": {"cores": os.cpu_count(), "accelerator": _accelerator()},
-            "rows": [asdict(row) for row in rows],
+            "rows": [_plain(row) for row in rows],
         },
     )
+
+
+def _plain(row: Row | Mapping[str, Any]) -> dict[str, Any]:
+    return asdict(row) if isinstance(row, Row) else dict(row)
 
 
 def _write(path: str | Path, value: Any) -> None:
@@ -320,8 +325,9 @@ def report(rows: Sequence[Row], options: Options) -> None:
     if options.json:
         write_json(rows, options.json)
     if options.result:
-        write_result(options.result, rows, _command())
+        write_result(options.result, rows, command_line())
 
 
-def _command() -> str:
+def command_line() -> str:
+    """The command that is running, as a reader would repeat it."""
     return shlex.join(["python", *sys.argv])

@@ -10,8 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
+import tests.shapes  # noqa: F401  (the hook looks it up by name)
+
 if os.environ.get("OPD_SHAPES", "1") == "1":
-    install_import_hook("opd", "beartype.beartype")
+    install_import_hook("opd", "tests.shapes.check")
 
 import pytest
 import torch

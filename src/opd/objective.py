@@ -537,8 +537,33 @@ def _normalise(term: Term, *places: str) -> None:
         if value is not None:
             object.__setattr__(term, place, Bound.of(value))
     object.__setattr__(term, "weights", tuple(Bound.of(weight) for weight in term.weights))
-    for _, bound in term.slots():
-        positional_names(bound.function)
+    for place, bound in term.slots():
+        _check_slot(place, bound)
+
+
+# What a slot may read besides the fields of its row, and which slots may read other rows.
+_OF_THE_TERM: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "credit": frozenset({"reward"}),
+        "baseline": frozenset({"reward"}),
+        "surrogate": frozenset({"advantage"}),
+    }
+)
+_ROW_BY_ROW = ("divergence", "support", "surrogate")
+
+
+def _check_slot(place: str, bound: Bound) -> None:
+    for name in positional_names(bound.function):
+        entry = FIELDS.get(name)
+        if entry is None:
+            continue
+        if entry.provider == "term" and name not in _OF_THE_TERM.get(place, ()):
+            raise ValueError(f"{place}: {bound.name} asks for {name!r}, which is not known there")
+        if entry.coupled and place in _ROW_BY_ROW:
+            raise ValueError(
+                f"{place}: {bound.name} asks for {name!r} and so reads other rows; a {place} sees "
+                "one row at a time"
+            )
 
 
 def _check_term(term: Term) -> None:

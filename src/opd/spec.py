@@ -204,6 +204,10 @@ def _knob(value: Any, path: str) -> Any:
         kinds = {option.lower(): getattr(schedule, option) for option in schedule.__all__}
         if name not in kinds:
             raise ConfigError(f"{path}: a table here is a schedule. {nearest(name, kinds)}")
+        known = [item.name for item in fields(kinds[name])]
+        for key in table:
+            if key not in known:
+                raise ConfigError(f"{path}: {name} has no option {key!r}. {nearest(key, known)}")
         return _guarded(kinds[name], path, **table)
     return tuple(value) if isinstance(value, list) else value
 

@@ -65,8 +65,9 @@ class Track:
             self._phase, self._steps_seen, self._phase_seconds = report.phase, 0, 0.0
             self._recent.clear()
         if report.tokens:
+            # Before a phase's first report there is more than a step: loading, measuring.
+            self._phase_seconds += spent if self._steps_seen else sum(report.seconds.values())
             self._steps_seen += 1
-            self._phase_seconds += spent
             working = sum(report.seconds.values()) - report.seconds.get("evaluate", 0.0)
             self._recent.append((report.tokens, working))
         if report.evaluation is not None and report.evaluation.accuracy.n:

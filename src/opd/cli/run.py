@@ -23,19 +23,17 @@ def main(arguments: Namespace) -> int:
     # The torch import, one second or two, comes after the run file has been checked.
     from opd.cli.live import Track, open_view
     from opd.training.loop import StepReport, train_run
-    from opd.training.session import open_session
+    from opd.training.session import build_method, make_phases
 
     screen = console(stderr=arguments.json)
     resume = arguments.resume
     report: StepReport | None = None
-    track = Track({})
+    phases = make_phases(run.config, build_method(run))
+    track = Track({phase.name: phase for phase in phases})
     with open_view(track, screen) as view:
-        view.doing(f"loading models and prompts ({run.source})")
-        session = open_session(run)
-        track.phases = {phase.name: phase for phase in session.phases}
         view.doing(_first_act(run, resume))
         try:
-            for report in train_run(run, resume=resume, session=session):
+            for report in train_run(run, resume=resume):
                 track.add(report)
                 if report.summary is None:
                     view.show()
@@ -126,8 +124,9 @@ def _how_to_go_on(folder: Path | None) -> str:
 
 def _first_act(run: Run, resume: str | None) -> str:
     if resume:
-        return f"continuing {resume}"
-    return "warming up" if run.config.warmup.steps else MEASURING_START
+        return f"loading models and prompts, to continue {resume}"
+    then = "" if run.config.warmup.steps else f", {MEASURING_START}"
+    return f"loading models and prompts of {run.source}{then}"
 
 
 MEASURING_START = "measuring student and teacher before the first step"

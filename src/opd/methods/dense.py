@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from opd.formula import divergence, support, weight
 from opd.objective import Dense, Method, Objective
-from opd.types import StateSource
+from opd.schedule import Schedule
+from opd.types import Bound, StateSource
 
 
 def reverse_kl_opd() -> Method:
@@ -30,7 +29,7 @@ def reverse_kl_opd() -> Method:
     )
 
 
-def gkd(*, teacher_weight: float = 0.5, student_share: float = 1.0) -> Method:
+def gkd(*, teacher_weight: float | Schedule = 0.5, student_share: float = 1.0) -> Method:
     """Generalized knowledge distillation: a Jensen-Shannon divergence on mixed text.
 
         L = (1 - lambda) * E_data[D(prefix)] + lambda * E_student[D(prefix)]
@@ -54,14 +53,18 @@ def gkd(*, teacher_weight: float = 0.5, student_share: float = 1.0) -> Method:
     """
     return Method(
         Objective(
-            Dense(divergence=partial(divergence.generalized_jsd, teacher_weight=teacher_weight))
+            Dense(
+                divergence=Bound.of(divergence.generalized_jsd).with_knobs(
+                    teacher_weight=teacher_weight
+                )
+            )
         ),
         states=StateSource(student=student_share, data=1.0 - student_share),
         name="gkd",
     )
 
 
-def top_k_opd(*, k: int = 32) -> Method:
+def top_k_opd(*, k: int | Schedule = 32) -> Method:
     """Reverse KL on the teacher's k likeliest tokens, both sides renormalised there.
 
         L = mean over tokens of sum_{v in S} s(v) * (log s(v) - log t(v)),  S = teacher's top k
@@ -86,7 +89,7 @@ def top_k_opd(*, k: int = 32) -> Method:
         Objective(
             Dense(
                 divergence=divergence.reverse_kl,
-                support=partial(support.teacher_top_k, k=k),
+                support=Bound.of(support.teacher_top_k).with_knobs(k=k),
                 tail="renormalise",
                 weights=(weight.skip_special,),
             )

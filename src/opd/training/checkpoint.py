@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 
 from opd.errors import ConfigError
-from opd.models import LoadedModel, save_model
+from opd.models import LoadedModel, load_model, save_model
 from opd.training.folder import RunFolder, disk_advice, remove_folder, whole_folder
 
 STATE, TENSORS, STUDENT = "state.json", "tensors.pt", "student"
@@ -115,29 +115,34 @@ def restore_student(loaded: LoadedModel, folder: Path) -> None:
     adapter = (folder / ADAPTER_CONFIG).exists()
     if adapter != hasattr(loaded.model, "peft_config"):
         raise _of_another_model(folder, "one of the two is an adapter")
-    stored: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        stored |= load_file(file)
-    own = _live_weights(loaded.model, adapter=adapter)
-    for name, value in stored.items():
-        if name not in own or own[name].shape != value.shape:
-            raise _of_another_model(folder, f"{name} does not fit")
-    # A tied weight is stored under one of its names.
-    filled = {own[name].data_ptr() for name in stored}
-    for name, tensor in own.items():
-        if tensor.data_ptr() not in filled:
-            raise _of_another_model(folder, f"it lacks {name}")
+    if adapter:
+        stored, own = load_file(folder / ADAPTER), _adapter_weights(loaded)
+    else:
+        stored, own = _stored_weights(loaded, folder), dict(cast(Any, loaded.model).state_dict())
+    for name in sorted(stored.keys() | own.keys()):
+        if name not in stored or name not in own:
+            raise _of_another_model(folder, f"only one of the two has {name}")
+        if own[name].shape != stored[name].shape:
+            raise _of_another_model(
+                folder, f"{name} is {list(stored[name].shape)}, not {list(own[name].shape)}"
+            )
     with torch.no_grad():
         for name, value in stored.items():
             own[name].copy_(value)
 
 
-def _live_weights(model: Any, *, adapter: bool) -> dict[str, torch.Tensor]:
-    """The model's own tensors by the names they are stored under."""
-    if not adapter:
-        return dict(model.state_dict())
+def _stored_weights(loaded: LoadedModel, folder: Path) -> dict[str, torch.Tensor]:
+    """By their names in memory: some families have others in their files, so the loader reads."""
+    trusted = type(loaded.model).__module__.startswith("transformers_modules.")
+    stored = load_model(folder, dtype="auto", device="cpu", trust_remote_code=trusted)
+    return dict(cast(Any, stored.model).state_dict())
+
+
+def _adapter_weights(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """By their names in a file; the tensors are the live ones."""
     from peft import get_peft_model_state_dict
 
+    model = cast(Any, loaded.model)
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 

@@ -259,8 +259,8 @@ def disk_advice(file: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise TrainingError(
-            f"cannot write {file}: {reason}. The last checkpoint is intact: make room and continue "
-            "with `opd run --resume`"
+            f"cannot write {file} ({reason}). The last checkpoint is intact: make room and "
+            "continue with `opd run --resume`"
         ) from error
 
 
@@ -277,4 +277,4 @@ def _disk_reason(error: Exception) -> str | None:
         return os.strerror(error.errno) if error.errno in _NO_ROOM else None
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         return os.strerror(int(found[1])) if int(found[1]) in _NO_ROOM else None
-    return "it took fewer bytes than were written" if "inline_container" in str(error) else None
+    return "it took only part of a write: is it full?" if "inline_container" in str(error) else None

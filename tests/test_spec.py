@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd import methods
+from opd.errors import ConfigError
+from opd.formula import credit, divergence, reward, support, surrogate, weight
+from opd.objective import Dense, Method, Objective, Sampled
+from opd.schedule import Cosine, Linear
+from opd.spec import method_from_tree, objective_to_tree, resolve_function, user_sources
+from opd.training.config import from_tree, to_toml
+from opd.types import StateSource, TeacherView
+
+REFERENCE = TeacherView("reference", "initial_student")
+
+
+def through_toml(method: Method) -> Method:
+    """Method to tree, to the text of a run file, and back."""
+    states = vars(method.states)
+    described = {"name": "custom", "objective": objective_to_tree(method.objective)}
+    config = from_tree(
+        {
+            "student": {"model": "none"},
+            "data": {"prompts": "none"},
+            "method": {**described, "states": states},
+        }
+    )
+    table = tomllib.loads(to_toml(config))["method"]
+    return method_from_tree(table["name"], objective=table["objective"], states=table.get("states"))
+
+
+def assert_survives(method: Method) -> None:
+    again = through_toml(method)
+    assert again == method
+    assert hash(again) == hash(method)
+    assert again.composition_hash == method.composition_hash
+    assert again.objective.needs == method.objective.needs
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+def test_every_method_survives_the_run_file(name: str) -> None:
+    method = getattr(methods, name)()
+    assert_survives(method)
+    assert method_from_tree(name) == method
+
+
+ELABORATE = Method(
+    Objective(
+        Dense(
+            support=partial(support.student_top_k, k=Linear(8, 64, 10)),
+            tail="bucket",
+            divergence=partial(divergence.generalized_jsd, teacher_weight=0.3),
+            weights=(weight.skip_special, weight.skip_special),
+            name="match",
+        ),
+        Sampled(
+            reward=reward.teacher_log_ratio,
+            baseline=credit.expected_reward,
+            credit=partial(
+                credit.discounted, gamma=Cosine(0.0, 0.95, 7), meaning="teacher_reliability"
+            ),
+            surrogate=partial(surrogate.clipped, low=0.2, high=0.28),
+            coef=Linear(0.0, 0.1, steps=100),
+            rows="student",
+            reduction="sequence_sum",
+        ),
+        Dense(divergence=divergence.reverse_kl, against="reference", coef=0.01),
+        temperature=0.8,
+    ),
+    StateSource(student=0.5, data=0.25, teacher=0.25),
+    (REFERENCE, TeacherView()),
+)
+
+
+def test_an_elaborate_composition_survives_the_run_file() -> None:
+    assert_survives(ELABORATE)
+
+
+numbers = st.one_of(st.floats(-2, 2), st.integers(-2, 2))
+common = {
+    "weights": st.sampled_from([(), (weight.skip_special,), (weight.skip_special,) * 2]),
+    "coef": st.one_of(numbers, st.tuples(numbers, numbers, st.integers(1, 9))),
+    "rows": st.sampled_from(["student", "data", "teacher", "all"]),
+    "reduction": st.sampled_from(["token_mean", "sequence_mean", "sequence_sum"]),
+    "against": st.sampled_from(["teacher", "reference", "teacher.big"]),
+}
+dense = st.fixed_dictionaries(
+    {
+        "divergence": st.one_of(
+            st.sampled_from([divergence.forward_kl, divergence.reverse_kl]),
+            st.floats(0.01, 0.99).map(
+                lambda w: partial(divergence.generalized_jsd, teacher_weight=w)
+            ),
+        ),
+        "k": st.integers(0, 9),
+        "tail": st.sampled_from(["bucket", "renormalise"]),
+        **common,
+    }
+)
+sampled = st.fixed_dictionaries(
+    {
+        "reward": st.sampled_from([reward.one, reward.teacher_log_ratio]),
+        "credit": st.one_of(
+            st.sampled_from([credit.immediate, credit.return_to_go]),
+            st.floats(0, 1).map(lambda g: partial(credit.discounted, gamma=g, meaning="task")),
+        ),
+        "baseline": st.sampled_from([None, credit.expected_reward]),
+        **common,
+    }
+)
+
+
+def term_of(name: str, choices: dict[str, Any]) -> Dense | Sampled:
+    choices = {**choices, "name": name}
+    if isinstance(choices["coef"], tuple):
+        choices["coef"] = Linear(*choices["coef"])
+    if "reward" in choices:
+        return Sampled(**choices)
+    k, tail = choices.pop("k"), choices.pop("tail")
+    where = {"support": partial(support.teacher_top_k, k=k), "tail": tail} if k else {}
+    return Dense(**choices, **where)
+
+
+@settings(max_examples=40)
+@given(choices=st.lists(st.one_of(dense, sampled), min_size=1, max_size=3))
+def test_any_composition_survives_the_run_file(choices: list[dict[str, Any]]) -> None:
+    objective = Objective(*(term_of(f"t{place}", each) for place, each in enumerate(choices)))
+    views = tuple(
+        REFERENCE if view == "reference" else TeacherView(view)
+        for view in sorted(objective.views())
+    )
+    assert_survives(Method(objective, views=views))
+
+
+# --------------------------------------------------------------------------------------------
+# Options
+
+
+def test_options_may_be_schedules() -> None:
+    table = {"teacher_weight": {"schedule": "linear", "start": 0.1, "end": 0.9, "steps": 4}}
+    method = method_from_tree("gkd", options=table)
+    assert method == methods.gkd(teacher_weight=Linear(0.1, 0.9, 4))
+    settled, _ = method.at(2, {}, None)
+    assert settled == methods.gkd(teacher_weight=0.5)
+
+
+def test_a_single_weight_needs_no_list() -> None:
+    term = {"kind": "dense", "divergence": "reverse_kl", "weights": "skip_special"}
+    (built,) = method_from_tree("custom", objective={"terms": [term]}).objective.terms
+    assert built == Dense(divergence=divergence.reverse_kl, weights=(weight.skip_special,))
+
+
+# --------------------------------------------------------------------------------------------
+# Errors
+
+
+def custom(**term: Any) -> Callable[[], Method]:
+    return lambda: method_from_tree("custom", objective={"terms": [term]})
+
+
+KL: dict[str, Any] = {"kind": "dense", "divergence": "reverse_kl"}
+TERM = r"method\.objective\.terms\[0\]"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: method_from_tree("vodp"), "no method 'vodp'. Did you mean 'vopd'?"),
+        (lambda: method_from_tree("gkd", options={"beta": 1}), "method gkd: .*beta"),
+        (lambda: method_from_tree("gkd", options={"student_share": 2.0}), "shares must be >= 0"),
+        (lambda: method_from_tree("custom"), r"method\.objective: .*at least one term"),
+        (
+            lambda: method_from_tree("custom", objective={"terms": [KL], "temprature": 1}),
+            "unknown key 'temprature'. Did you mean 'temperature'?",
+        ),
+        (
+            lambda: method_from_tree("custom", objective={"terms": [KL]}, states={"students": 1}),
+            r"method\.states: .*students",
+        ),
+        (
+            lambda: method_from_tree("custom", objective={"terms": ["reverse_kl"]}),
+            f"{TERM}: a term is a table",
+        ),
+        (custom(kind="dens"), rf"{TERM}\.kind = 'dens' .* Did you mean 'dense'"),
+        (custom(divergence="reverse_kl"), rf"{TERM}\.kind = None is no kind of term"),
+        (custom(kind="dense"), f"{TERM}: .*divergence"),
+        (custom(**KL, weigths=[]), f"{TERM}: unknown key 'weigths'. Did you mean 'weights'?"),
+        (custom(**KL, coef="much"), f"(?s){TERM}: .*coef"),
+        (custom(**KL, rows="everyone"), f"{TERM}: rows must be one of"),
+        (custom(**KL, against="refrence"), f"{TERM}: against must be"),
+        (
+            custom(kind="dense", divergence="revers_kl"),
+            rf"{TERM}\.divergence = 'revers_kl' is no divergence. Did you mean 'reverse_kl'?",
+        ),
+        (
+            custom(**KL, support={"use": "teacher_top_k", "kk": 3}, tail="bucket"),
+            rf"{TERM}\.support: teacher_top_k has no option 'kk'. .*k",
+        ),
+        (
+            custom(**KL, support="teacher_top_k", tail="bucket"),
+            rf"{TERM}\.support: teacher_top_k needs 'k'",
+        ),
+        (custom(**KL, support={"k": 3}), rf"{TERM}\.support: name a function with `use`"),
+        (custom(**KL, support=3), rf"{TERM}\.support: name a function with `use`, got 3"),
+        (custom(**KL, support={"use": "teacher_top_k", "k": 3}), f"{TERM}: .*must say what"),
+        (
+            custom(**KL, coef={"schedule": "liner"}),
+            rf"{TERM}\.coef: a table here is a schedule. Did you mean 'linear'?",
+        ),
+        (
+            custom(**KL, coef={"schedule": "linear", "start": 0, "end": 1, "steps": 0}),
+            rf"{TERM}\.coef: a schedule needs steps >= 1",
+        ),
+        (
+            custom(**KL, coef={"schedule": "linear", "begin": 0}),
+            rf"{TERM}\.coef: linear has no option 'begin'",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+# --------------------------------------------------------------------------------------------
+# Functions of the user's own
+
+
+USER_CODE = """
+def own_divergence(student_log_probs, teacher_log_probs, *, power: float = 2.0):
+    return (student_log_probs - teacher_log_probs).abs().pow(power).mean(-1)
+
+def asks_too_much(student_logits):
+    return student_logits
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "my_formulas_for_this_test.py").write_text(USER_CODE, encoding="utf-8")
+    return tmp_path
+
+
+def own(function: str, **knobs: Any) -> dict[str, Any]:
+    use = f"my_formulas_for_this_test:{function}"
+    return {"terms": [{"kind": "dense", "divergence": {"use": use, **knobs}}]}
+
+
+def test_a_users_own_formula_fills_a_slot_and_its_source_is_known(folder: Path) -> None:
+    tree = own("own_divergence", power=1.5)
+    method = method_from_tree("custom", objective=tree, base=folder)
+    again = method_from_tree("custom", objective=objective_to_tree(method.objective), base=folder)
+    assert again == method
+    assert again.composition_hash == method.composition_hash
+    ((file, digest),) = user_sources(method).items()
+    assert Path(file).name == "my_formulas_for_this_test.py"
+    assert len(digest) == 64
+    assert user_sources(methods.gkd()) == {}
+
+
+def test_a_users_mistakes_are_named(folder: Path) -> None:
+    for objective, message in (
+        (own("own_divergense"), "has no function 'own_divergense'. Did you mean 'own_divergence'"),
+        (own("own_divergence", pwoer=1), "has no option 'pwoer'"),
+        (own("asks_too_much"), "asks for 'student_logits', which is no field"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            method_from_tree("custom", objective=objective, base=folder)
+    with pytest.raises(ConfigError, match="write 'module:function'"):
+        resolve_function("own_divergence", folder)
+    with pytest.raises(ConfigError, match=r"cannot import 'no_such_module' from .* or sys\.path"):
+        resolve_function("no_such_module:f", folder)
+    (folder / "broken_for_this_test.py").write_text("def f(:\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot import 'broken_for_this_test'"):
+        resolve_function("broken_for_this_test:f", folder)
