@@ -15,8 +15,13 @@ import tests.shapes  # noqa: F401  (the hook looks it up by name)
 if os.environ.get("OPD_SHAPES", "1") == "1":
     install_import_hook("opd", "tests.shapes.check")
 
+import hypothesis
 import pytest
 import torch
+
+# A busy machine is no failure, and every run draws the same examples.
+hypothesis.settings.register_profile("opd", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("opd")
 
 
 @pytest.fixture(autouse=True)

@@ -110,8 +110,8 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_run_that_had_to_stop_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    huge = ["--train.learning_rate", "1e38", "--train.clip_norm", "0", "--warmup.steps", "0"]
-    assert main(["run", *TINY, *huge, "--train.steps", "5", "--output", str(tmp_path)]) == 1
+    huge = ["--warmup.steps", "5", "--warmup.learning_rate", "1e38", "--warmup.clip_norm", "0"]
+    assert main(["run", *TINY, *huge, "--output", str(tmp_path)]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: step ")
     assert "finite" in told
@@ -124,8 +124,8 @@ def test_the_known_keys_are_those_of_a_run_file() -> None:
 
 
 def test_overrides_are_told_from_the_commands_own_words() -> None:
-    words = "my.toml --train.steps 50 --json --seed=3 --name x --resume y".split()
-    own, overrides = split_overrides(words)
+    given = "--train.steps 50 --json --seed=3 --name x --resume y"
+    own, overrides = split_overrides(["my.toml", *given.split()])
     assert own == ["my.toml", "--json", "--resume", "y"]
     assert overrides == ["--train.steps", "50", "--seed=3", "--name", "x"]
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import torch
+
 from opd.data.prompts import TASK_PREFIX, PromptSet, load_prompts
 from opd.data.records import encode_records
 from opd.data.sources import read_records
 from opd.data.tasks import find_task
-from opd.data.verifiers import resolve_verifier
 from opd.errors import OpdError
 from opd.models import check_same_vocabulary, resolve_device
 from opd.objective import Method, Sampled
@@ -107,7 +108,7 @@ class _Checker:
 
     def run_all(self) -> None:
         config = self.run.config
-        self.attempt("device", lambda: resolve_device(config.device))
+        device = self.attempt("device", lambda: resolve_device(config.device))
         self.attempt("name", lambda: check_name(config.output, config.name))
         self.extras()
         method = self.attempt("method", lambda: build_method(self.run))
@@ -126,8 +127,8 @@ class _Checker:
             self.positions(student, longest)
             self.learning_rates(phases, student)
             self.disk(student)
-        if student and phases and (teacher or not config.teacher.model):
-            self.estimate(phases[-1], student, teacher, longest)
+        if device and student and phases and (teacher or not config.teacher.model):
+            self.estimate(device, phases[-1], student, teacher, longest)
         for phase in phases:
             self.sampler(phase)
 
@@ -216,7 +217,7 @@ class _Checker:
         ]
         if train:
             self.training_prompts(train, responses)
-            self.verifier(train.prompts)
+        self.verifier(train)
         return max((sample.longest for sample in samples if sample), default=0)
 
     def source(
@@ -283,19 +284,16 @@ class _Checker:
                 f"{config.data.response_column!r}, or set warmup.source = 'teacher'",
             )
 
-    def verifier(self, prompts: PromptSet) -> None:
+    def verifier(self, train: _Sample | None) -> None:
+        """Import it, and try it on one prompt."""
         config = self.run.config
+        if train is None and config.data.verifier == "auto":
+            return  # the prompts decide, and they could not be read
+        prompts = train.prompts if train else PromptSet(config.data.prompts)
         found = self.attempt("data.verifier", lambda: find_verifier(self.run, prompts))
-        if found is None:
-            if config.data.verifier in ("auto", "none"):
-                self.note("data.verifier", "no verifier: accuracy will not be measured")
-            elif not prompts.prompts:
-                self.attempt(
-                    "data.verifier",
-                    lambda: resolve_verifier(config.data.verifier, base_folder=self.run.base),
-                )
-            return
-        if prompts.prompts:
+        if found is None and config.data.verifier in ("auto", "none"):
+            self.note("data.verifier", "no verifier: accuracy will not be measured")
+        if found is not None and prompts.prompts:
             verify, prompt = found, prompts.prompts[0]
             text = prompt.answer or ""
             self.attempt("data.verifier", lambda: verify(prompt, text, finished=True))
@@ -371,13 +369,18 @@ class _Checker:
             )
 
     def estimate(
-        self, phase: Phase, student: ModelFacts, teacher: ModelFacts | None, longest: int
+        self,
+        device: torch.device,
+        phase: Phase,
+        student: ModelFacts,
+        teacher: ModelFacts | None,
+        longest: int,
     ) -> None:
         config = self.run.config
         prompt_tokens = longest or config.data.max_prompt_tokens
-        self.memory = memory_parts(config, phase, student, teacher, prompt_tokens)
+        self.memory = memory_parts(config, phase, student, teacher, prompt_tokens, device)
         total = sum(part.bytes for part in self.memory)
-        available = self.attempt("device", lambda: available_bytes(config.device))
+        available = available_bytes(device)
         if available and total > available:
             self.note(
                 "train.max_tokens",

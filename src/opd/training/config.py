@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -394,7 +395,8 @@ def read_toml(file: Path) -> dict[str, Any]:
         siblings = (
             [path.name for path in file.parent.glob("*.toml")] if file.parent.is_dir() else []
         )
-        hint = nearest(file.name, siblings) if siblings else "`opd init` writes one that works."
+        close = difflib.get_close_matches(file.name, siblings, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else "`opd init` writes one that works."
         raise ConfigError(f"there is no run file {str(file)!r}. {hint}")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))

@@ -62,7 +62,9 @@ def wilson(successes: float, n: int) -> Score:
     share, z2 = successes / n, Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return Score(share, max(0.0, centre - half), min(1.0, centre + half), n)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    # The interval holds the share; rounding alone could push an end past it, at 0 and at n of n.
+    return Score(share, min(low, share), max(high, share), n)
 
 
 def mean_over_prompts(values: Sequence[float]) -> Score:

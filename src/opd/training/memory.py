@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from opd.head.linear import CHUNK_BYTES
-from opd.models import resolve_device
 from opd.training.config import RunConfig
 from opd.training.facts import ModelFacts
 from opd.training.plan import reply_is_distribution
@@ -48,6 +47,7 @@ def memory_parts(
     student: ModelFacts,
     teacher: ModelFacts | None,
     prompt_tokens: int,
+    device: torch.device,
 ) -> list[MemoryPart]:
     """The parts of a run's memory, in the order in which a step meets them.
 
@@ -57,14 +57,18 @@ def memory_parts(
     Args:
         phase: the distillation.
         prompt_tokens: of the longest prompt that is expected.
+        device: where the run takes place.
     """
-    return [*_parts(config, phase, student, teacher, prompt_tokens)]
+    parts = _parts(config, phase, student, teacher, prompt_tokens)
+    if device.type != "cpu":
+        return [*parts]
+    return [MemoryPart("Python and PyTorch", INTERPRETER_BYTES, "before anything loads"), *parts]
 
 
-def available_bytes(device: str) -> int | None:
+def available_bytes(device: torch.device) -> int | None:
     """Memory of the machine, or of the CUDA device; None where the system does not say."""
-    if resolve_device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info()[1])
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
@@ -100,8 +104,6 @@ def _parts(
     evaluated = max(config.evaluate.prompts, config.evaluate.test_prompts)
     decoded = min(max(sequences, evaluated), config.sampler.max_sequences)
     micro = min(config.train.max_tokens, sequences * width)
-    if resolve_device(config.device).type == "cpu":
-        yield MemoryPart("Python and PyTorch", INTERPRETER_BYTES, "before anything is loaded")
     yield MemoryPart(
         "student weights", student.bytes, f"{student.parameters:,} parameters, student.dtype"
     )

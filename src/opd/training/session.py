@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,9 +105,14 @@ def open_session(
         run=run,
         phases=phases,
         student=module,
-        student_sampler=LocalSampler(student),
+        # samplers draw from the tokens that are compared, so that their policy is the student's
+        student_sampler=LocalSampler(replace(student, vocab_size=vocab_size)),
         teacher_sampler=(
-            LocalSampler(loaded_teacher, provenance=Provenance.TEACHER) if loaded_teacher else None
+            LocalSampler(
+                replace(loaded_teacher, vocab_size=vocab_size), provenance=Provenance.TEACHER
+            )
+            if loaded_teacher
+            else None
         ),
         teachers=teachers,
         train_prompts=splits[0],
