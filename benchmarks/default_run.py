@@ -90,7 +90,7 @@ def main() -> None:
         extra = ["--warmup.steps", "5", "--train.steps", "5", "--evaluate.test_prompts", "64"]
     jobs = [(arm, seed) for seed in options.seeds for arm in ARMS]
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda job: run_arm(*job, options.output, extra), jobs))
+        rows = list(pool.map(lambda job: run_arm(job[0], job[1], options.output, extra), jobs))
     print("\n" + table(rows))
     if options.json:
         write_json(rows, options.json)

@@ -19,7 +19,7 @@ MODULES = {
 
 TOP = {"types", "errors", "fields", "schedule"}
 CORE = TOP | {"formula", "objective", "methods", "spec", "catalog"}
-PARTS = {"head", "models", "student", "data", "rollout", "teacher", "critic", "audit"}
+PARTS = {"head", "models", "fastpath", "student", "data", "rollout", "teacher", "critic", "audit"}
 ALL_PARTS = CORE | PARTS
 
 # A part and what it may import; a part may always import itself.
@@ -37,12 +37,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "head": TOP | {"formula", "objective"},
     # a built-in model reads and writes with the tokenizer of its task
     "models": {"types", "errors", "data"},
-    "student": TOP | {"formula", "objective", "head", "models"},
+    # another way through a backbone, for whoever runs one
+    "fastpath": {"types", "errors", "models"},
+    "student": TOP | {"formula", "objective", "head", "models", "fastpath"},
     "data": {"types", "errors"},
     # pack counts the rows of each kind, which the objective defines
-    "rollout": {"types", "errors", "data", "models", "objective"},
+    "rollout": {"types", "errors", "data", "models", "fastpath", "objective"},
     # a local teacher scores micro-batches, which pack cuts
-    "teacher": {"types", "errors", "data", "models", "head", "rollout"},
+    "teacher": {"types", "errors", "data", "models", "head", "rollout", "fastpath"},
     "critic": TOP | {"formula"},
     "audit": TOP | {"formula", "objective"},
     "diagnose": ALL_PARTS,

@@ -57,7 +57,7 @@ def test_every_public_name_is_there() -> None:
 def test_a_run_is_loaded_checked_explained_and_trained(tmp_path: Path) -> None:
     words = [word for key, value in SETTINGS.items() for word in (f"--{key}", str(value))]
     run = opd.load(None, [*words, "--warmup.steps", "0", "--output", str(tmp_path)])
-    assert opd.check(run) == []
+    assert {finding.level for finding in opd.check(run)} <= {"note"}
     assert "The nine variables" in str(opd.explain(run))
     reports = list(opd.train(run))
     assert [report.step for report in reports] == [0, 1, 2, 2]
@@ -123,7 +123,6 @@ def test_a_method_object_of_the_library_is_recorded_by_its_name(
     [
         (("builtin:sort-student", "builtin:sort-teacher"), {}, "needs prompts"),
         ((torch.nn.Linear(2, 2), None, PROMPTS), {}, "give its tokenizer"),
-        ((3, None, PROMPTS), {}, "got int"),
         (("builtin:sort-student", None, PROMPTS), {}, "needs a teacher"),
         (("builtin:sort-student", None, PROMPTS), {"train": {"stesp": 3}}, "'steps'"),
         (("builtin:sort-student", None, PROMPTS), {"trian": {"steps": 3}}, "'train'"),

@@ -110,7 +110,7 @@ def test_a_custom_objective_with_a_function_of_the_users(
 ) -> None:
     (tmp_path / "mine.py").write_text(
         "def squared(student_log_probs, teacher_log_probs):\n"
-        '    """Squared distance of log-probabilities.\n\n        D = sum of squares\n    """\n'
+        '    """Squared distance.\n\n        D = sum of squares\n\n    Never negative.\n    """\n'
         "    return (student_log_probs - teacher_log_probs).pow(2).sum(-1)\n"
     )
     (tmp_path / "run.toml").write_text(

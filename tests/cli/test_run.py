@@ -50,7 +50,7 @@ def test_a_finished_run_is_not_resumed(finished: Path, capsys: pytest.CaptureFix
 def test_ctrl_c_saves_exits_130_and_the_printed_command_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long = [*TINY, "--warmup.steps", "100000", "--output", str(tmp_path)]
+    long = [*TINY, "--warmup.steps", "80", "--output", str(tmp_path)]
     running = subprocess.Popen(
         [sys.executable, "-m", "opd", "run", *long],
         stdout=subprocess.PIPE,
@@ -62,7 +62,7 @@ def test_ctrl_c_saves_exits_130_and_the_printed_command_goes_on(
         if "warm-up" in line:
             break
     running.send_signal(signal.SIGINT)
-    _, told = running.communicate(timeout=60)
+    _, told = running.communicate(timeout=300)
     assert running.returncode == 130
     folder = tmp_path / "sort-1"
     command = f"opd run --resume {folder}"
@@ -73,8 +73,12 @@ def test_ctrl_c_saves_exits_130_and_the_printed_command_goes_on(
     # Another setting is refused and changes nothing.
     before = (folder / "events.jsonl").read_bytes()
     assert main([*command.split()[1:], "--warmup.steps", "3"]) == 2
-    assert "warmup.steps was 100000, now 3" in capsys.readouterr().err
+    assert "warmup.steps was 80, now 3" in capsys.readouterr().err
     assert (folder / "events.jsonl").read_bytes() == before
+
+    assert main(command.split()[1:]) == 0
+    assert "warm-up 1/80" not in capsys.readouterr().out
+    assert (folder / "model" / "model.safetensors").exists()
 
 
 def test_resume_takes_no_run_file(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -70,7 +70,8 @@ def batch(teacher: LoadedModel) -> Batch:
 
 def whole(teacher: LoadedModel, request: TeacherRequest, max_tokens: int = 16384) -> Tensor:
     """The distribution of every row, from a reply of hidden states."""
-    reply = LocalTeacher(teacher, vocab_size=53, max_tokens=max_tokens).score(request)
+    scorer = LocalTeacher(teacher, vocab_size=53, max_tokens=max_tokens)
+    reply = scorer.score(replace(request, distribution=True))
     assert reply.hidden is not None
     assert reply.unembedding is not None
     return log_probs_of(

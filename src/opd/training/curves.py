@@ -40,7 +40,7 @@ def draw_curves(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     twin.set_ylim(bottom=0)
     for axis in (*axes, twin):
         axis.spines[["top"]].set_visible(False)
-        axis.tick_params(labelsize=8, colors=INK)
+        axis.tick_params(which="both", labelsize=8, colors=INK)
         axis.set_xlabel("step", fontsize=8, color=INK)
     for axis in axes[:2]:
         axis.spines[["right"]].set_visible(False)

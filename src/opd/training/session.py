@@ -347,7 +347,9 @@ def load_run_prompts(
     )
     if responses:
         _check_responses(splits.train)
-    validation = load_set(run, config.data.validation, student) if own_validation else splits.validation
+    validation = splits.validation
+    if own_validation:
+        validation = load_set(run, config.data.validation, student)
     if config.data.test:
         test = load_set(run, config.data.test, student)
     else:

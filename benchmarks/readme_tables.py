@@ -1,0 +1,98 @@
+"""Put the committed results into the README's tables.
+
+    python benchmarks/readme_tables.py
+
+A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->` and is made from
+`benchmarks/results/NAME.json`, which the script that measures writes with `--result`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import default_run
+
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "results"
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """The text with every table made anew; one without a result file stays as it is."""
+
+    def made(marked: re.Match[str]) -> str:
+        name, file = marked["name"], results / f"{marked['name']}.json"
+        if not file.exists():
+            return marked[0]
+        table = block(name, json.loads(file.read_text(encoding="utf-8")))
+        return f"<!-- results:{name} -->\n{table}\n<!-- /results:{name} -->"
+
+    return re.sub(
+        r"<!-- results:(?P<name>\w+) -->\n.*?<!-- /results:(?P=name) -->", made, text, flags=re.S
+    )
+
+
+def block(name: str, result: Mapping[str, Any]) -> str:
+    """A table and a line that says how it was measured."""
+    draw = _TABLES.get(name, _speed)
+    return f"{draw(result['rows'])}\n\n{_how(result)}"
+
+
+def _accuracy(rows: Rows) -> str:
+    """Accuracy at the start and, with the gain, at the end of every arm."""
+    table = default_run.table([dict(row) for row in rows])
+    (prompts,) = {row["end"]["n"] for row in rows}
+    teachers = {f"{row['teacher']['value']:.3f}" for row in rows}
+    return (
+        f"{table}\n\nAccuracy on {prompts:,} test prompts, with the gain over the start in "
+        f"brackets; the teacher's is {', '.join(sorted(teachers))}."
+    )
+
+
+_COLUMNS: Mapping[str, tuple[str, str]] = {
+    "seconds": ("CPU-seconds", "{:.3g}"),
+    "tokens_per_s": ("tokens per CPU-second", "{:,.0f}"),
+    "grad_error": ("gradient error", "{:.1e}"),
+    "ratio": ("time relative to opd", "{:.2f}"),
+}
+
+
+def _speed(rows: Rows) -> str:
+    """One line per case and system; columns that apply to none are left out."""
+    used = [
+        name for name in _COLUMNS if any(row.get(name) is not None for row in rows)
+    ]
+    heads = ["case", "system", *(_COLUMNS[name][0] for name in used)]
+    lines = [_line(heads), "|---|---|" + "---:|" * len(used)]
+    for row in rows:
+        figures = [
+            "" if row.get(name) is None else _COLUMNS[name][1].format(row[name]) for name in used
+        ]
+        lines.append(_line([row["case"], row["system"], *figures]))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _how(result: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    machine = result["machine"]
+    return (
+        f"Measured by `{result['command']}` on {machine['cores']} cores, accelerator: "
+        f"{machine['accelerator']}; {versions}."
+    )
+
+
+_TABLES: Mapping[str, Callable[[Rows], str]] = {"default_run": _accuracy}
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {README}")

@@ -1,0 +1,161 @@
+"""The plan says what a step does: its visits are counted on a real student."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from opd import methods
+from opd.formula import credit, divergence, reward, support, surrogate
+from opd.objective import Dense, Method, Objective, Sampled
+from opd.rollout.local import LocalSampler
+from opd.rollout.pack import pack_rollout
+from opd.student import Student
+from opd.teacher.local import LocalTeacher
+from opd.training import step as steps
+from opd.training.plan import Plan, make_plan, reply_is_distribution
+from opd.types import Prompt, SamplerSettings, StateSource, TeacherView
+from tests.models_zoo import EOS, PAD, tiny
+
+PLAIN = SamplerSettings(max_new_tokens=5)
+LOG_RATIO = Sampled(reward=reward.teacher_log_ratio)
+RETURNS = replace(LOG_RATIO, credit=credit.return_to_go)
+CLIPPED = replace(LOG_RATIO, surrogate=partial(surrogate.clipped, low=0.2, high=0.2))
+REVERSE_KL = Dense(divergence=divergence.reverse_kl)
+STUDENT_TOP_K = replace(REVERSE_KL, support=partial(support.student_top_k, k=4), tail="renormalise")
+REFERENCE = TeacherView("reference", "initial_student")
+
+
+def method(*terms: Dense | Sampled, **changes: Any) -> Method:
+    return Method(Objective(*terms), views=(TeacherView(), REFERENCE), **changes)
+
+
+def visits(plan: Plan) -> dict[str, float]:
+    return {step.name: step.per_rollout for step in plan.passes}
+
+
+def test_the_default_samples_scores_and_updates() -> None:
+    plan = make_plan(methods.reverse_kl_opd(), PLAIN)
+    assert visits(plan) == {"sample": 1, "score": 1, "update": 1}
+    assert plan.same_policy
+    assert plan.mismatch == ()
+    assert plan.observe == ()
+    assert not plan.signal
+
+
+def test_supervised_training_on_data_only_updates() -> None:
+    assert visits(make_plan(methods.sft(), PLAIN)) == {"update": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "merge_ids", "states", "words"),
+    [
+        ({"temperature": 0.7}, (), StateSource(), "sampled at temperature 0.7, compared at 1"),
+        ({"top_p": 0.9}, (), StateSource(), "top 0.9 of the mass"),
+        ({"top_k": 5}, (), StateSource(), "5 likeliest tokens"),
+        ({}, ((1, 2),), StateSource(), "end tokens are compared as one"),
+        ({}, (), StateSource(student=0.5, data=0.5), "part of the text is not the student's"),
+    ],
+)
+def test_a_sampler_that_is_not_the_student_is_said_and_observed(
+    settings: dict[str, Any],
+    merge_ids: tuple[tuple[int, ...], ...],
+    states: StateSource,
+    words: str,
+) -> None:
+    plan = make_plan(
+        method(CLIPPED, states=states), replace(PLAIN, **settings), merge_ids=merge_ids
+    )
+    assert not plan.same_policy
+    assert any(words in reason for reason in plan.mismatch)
+    assert plan.observe == ("old_logp",)
+
+
+def test_sampling_at_the_temperature_of_the_comparison_is_no_mismatch() -> None:
+    warm = Method(Objective(LOG_RATIO, temperature=0.7))
+    assert make_plan(warm, replace(PLAIN, temperature=0.7)).same_policy
+
+
+def test_the_sampler_is_asked_for_top_ids_only_where_they_are_compared() -> None:
+    plan = make_plan(method(STUDENT_TOP_K), PLAIN)
+    assert plan.sampler.student_top_k == 4
+    assert plan.observe == ()
+    mixed = make_plan(method(STUDENT_TOP_K, states=StateSource(student=0.5, data=0.5)), PLAIN)
+    assert mixed.sampler.student_top_k == 0
+    assert mixed.observe == ("student_top_ids",)
+    assert make_plan(method(REVERSE_KL), PLAIN).sampler.student_top_k == 0
+
+
+def test_a_teacher_is_asked_for_a_distribution_only_where_one_is_compared() -> None:
+    needs = method(RETURNS, replace(REVERSE_KL, against="reference")).objective.needs
+    assert not reply_is_distribution(needs, "teacher")
+    assert reply_is_distribution(needs, "reference")
+    assert reply_is_distribution(methods.vopd().objective.needs, "teacher")
+
+
+MERGED = ((EOS, 7),)
+CASES: dict[str, tuple[Method, SamplerSettings, tuple[tuple[int, ...], ...]]] = {
+    "dense": (method(REVERSE_KL), PLAIN, ()),
+    "returns from plain numbers": (method(RETURNS), PLAIN, ()),
+    "returns beside a distribution": (method(RETURNS, REVERSE_KL), PLAIN, ()),
+    "returns against the reference": (
+        method(REVERSE_KL, replace(RETURNS, against="reference")),
+        PLAIN,
+        (),
+    ),
+    "returns beside a distribution of the reference": (
+        method(replace(RETURNS, against="reference"), replace(REVERSE_KL, against="reference")),
+        PLAIN,
+        (),
+    ),
+    "returns with a baseline": (
+        method(replace(RETURNS, baseline=credit.expected_reward)),
+        PLAIN,
+        (),
+    ),
+    "returns of nothing but ones": (
+        method(Sampled(reward=reward.one, credit=credit.return_to_go)),
+        PLAIN,
+        (),
+    ),
+    "returns, sampler warmer": (method(RETURNS), replace(PLAIN, temperature=1.2), ()),
+    "clipped": (method(CLIPPED), PLAIN, ()),
+    "clipped, truncated sampler": (method(CLIPPED), replace(PLAIN, top_k=9), ()),
+    "student top k": (method(STUDENT_TOP_K), PLAIN, ()),
+    "student top k, end tokens merged": (method(STUDENT_TOP_K, CLIPPED), PLAIN, MERGED),
+}
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_plan_counts_the_students_visits_as_they_happen(name: str, updates: int) -> None:
+    chosen, settings, merge_ids = CASES[name]
+    plan = make_plan(chosen, settings, updates_per_rollout=updates, merge_ids=merge_ids)
+    loaded, objective = tiny("llama"), chosen.objective
+    student, counts = Student(loaded), {"observe": 0, "signal": 0, "update": 0}
+    now = ""
+
+    def count(*_: Any) -> None:
+        counts[now] += 1
+
+    student.register_forward_hook(count)
+    prompts = [Prompt("a", (3, 4), ""), Prompt("b", (5, 6), "")]
+    rollout = LocalSampler(loaded).sample(
+        prompts, plan.sampler, generator=torch.Generator().manual_seed(0)
+    )
+    batch = pack_rollout(rollout, pad_id=PAD, merge_ids=merge_ids)
+    now = "observe"
+    batch = steps.observe(student, batch, rollout, objective, plan, 1000)
+    scorer = LocalTeacher(tiny("llama", seed=1), vocab_size=53)
+    batch = steps.score({"teacher": scorer, "reference": scorer}, batch, objective, plan)
+    for repeat in range(updates):
+        now = "signal"
+        batch = steps.signal(student, batch, objective, plan, 1000, fresh=repeat == 0)
+        now = "update"
+        steps.update(student, batch, objective, 1000, step=1)
+    said = visits(plan)
+    assert counts == {name: said.get(name, 0) for name in counts}
