@@ -143,47 +143,107 @@ def _placement_obstacle(model: nn.Module) -> str | None:
 
 
 # --------------------------------------------------------------------------------------------
-# Operations with few passes over memory
+# Operations on whole sequences, their derivatives written out
+#
+# Left to itself autograd would take three times as many passes over memory. A norm is that of the
+# folded model: `unit = x / length`, `length = sqrt(sum(x^2) + floor^2)`.
 
 
-class _UnitNorm(torch.autograd.Function):
-    """`y = x / sqrt(sum(x^2) + floor^2)` over the last axis; `dx = (dy - y sum(y dy)) / sqrt(..)`."""
+def _unit(x: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """`unit` and `length` over the last axis."""
+    length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
+    return x / length, length
+
+
+def _unit_gradient(gradient: Tensor, unit: Tensor) -> Tensor:
+    """The gradient that reaches `x` through its `unit`, times `length`."""
+    along = (gradient * unit).sum(-1, keepdim=True)
+    return torch.addcmul(gradient, unit, along, value=-1)
+
+
+class _Heads(torch.autograd.Function):
+    """Norm, projection to heads, norm of the heads, rotation.
+
+    Returns queries and keys in one, and values, of one row per token.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, floor: Tensor) -> Tensor:
-        length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
-        unit = x / length
-        ctx.save_for_backward(unit, length)
-        return unit
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "n H"],
+        weight: Float[Tensor, "HD H"],
+        bias: Float[Tensor, " HD"] | None,
+        gain: Float[Tensor, "Hqk D"] | None,
+        turn: Tensor,
+        floor: Tensor,
+        head_floor: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        unit, length = _unit(x, floor)
+        heads = _linear(unit, weight, bias).view(len(x), -1, 2 * turn.shape[-1])
+        turned = heads[:, : turn.shape[-2]]
+        head_unit = head_length = None
+        if head_floor is not None:
+            head_unit, head_length = _unit(turned, head_floor)
+            turned = head_unit * gain
+        ctx.save_for_backward(unit, length, weight, gain, turn, head_unit, head_length)
+        ctx.has_bias = bias is not None
+        return _rotate(turned, turn), heads[:, turn.shape[-2] :]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        unit, length = ctx.saved_tensors
-        along = (gradient * unit).sum(-1, keepdim=True)
-        return torch.addcmul(gradient, unit, along, value=-1).div_(length), None
+    def backward(ctx: Any, for_turned: Tensor, for_values: Tensor) -> tuple[Tensor | None, ...]:
+        unit, length, weight, gain, turn, head_unit, head_length = ctx.saved_tensors
+        for_heads = for_values.new_empty(len(unit), weight.shape[0]).view(
+            len(unit), -1, 2 * turn.shape[-1]
+        )
+        inward = _rotate(for_turned, turn.conj())
+        for_gain = None
+        if head_unit is not None:
+            for_gain = (inward * head_unit).sum(0)
+            inward = _unit_gradient(inward * gain, head_unit)
+            torch.div(inward, head_length, out=for_heads[:, : turn.shape[-2]])
+        else:
+            for_heads[:, : turn.shape[-2]] = inward
+        for_heads[:, turn.shape[-2] :] = for_values
+        flat = for_heads.flatten(1)
+        for_x = _unit_gradient(torch.mm(flat, weight), unit).div_(length)
+        for_bias = flat.sum(0) if ctx.has_bias else None
+        return for_x, torch.mm(flat.T, unit), for_bias, for_gain, None, None, None
 
 
-class _SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up` of gate and up side by side."""
+class _FeedForward(torch.autograd.Function):
+    """`x + down(silu(gate(unit)) * up(unit))`."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "n H"],
+        gate_up: Float[Tensor, "FF H"],
+        down: Float[Tensor, "H F"],
+        floor: Tensor,
+    ) -> Float[Tensor, "n H"]:
+        unit, length = _unit(x, floor)
+        wide = torch.mm(unit, gate_up.T)
+        gate, up = wide.chunk(2, -1)
         opened = functional.silu(gate)
-        ctx.save_for_backward(gate_up, opened)
-        return opened * up
+        inner = opened * up
+        ctx.save_for_backward(unit, length, gate_up, down, wide, opened, inner)
+        return torch.addmm(x, inner, down.T)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gate_up, opened = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        both = torch.empty_like(gate_up)
-        for_gate, for_up = both.chunk(2, -1)
-        torch.mul(gradient, opened, out=for_up)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=for_gate)
-        return both
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        unit, length, gate_up, down, wide, opened, inner = ctx.saved_tensors
+        gate, up = wide.chunk(2, -1)
+        for_down = torch.mm(gradient.T, inner)
+        for_inner = torch.mm(gradient, down)
+        for_wide = torch.empty_like(wide)
+        for_gate, for_up = for_wide.chunk(2, -1)
+        torch.mul(for_inner, opened, out=for_up)
+        for_opened = for_inner.mul_(up)
+        torch.ops.aten.silu_backward.grad_input(for_opened, gate, grad_input=for_gate)
+        inward = _unit_gradient(torch.mm(for_wide, gate_up), unit)
+        return torch.addcdiv(gradient, inward, length), torch.mm(for_wide.T, unit), for_down, None
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -203,8 +263,8 @@ class _ShortAttention(torch.autograd.Function):
     ) -> Float[Tensor, "B L Hq D"]:
         ctx.shape, ctx.scale = query.shape, scale
         query, key, value = _by_key_head(query, key.shape[2]), _by_head(key), _by_head(value)
-        mask = _causal_bias(key.shape[1], query.shape[1] // key.shape[1], like=query)
-        weights = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale).softmax(-1)
+        bias = _causal_bias(key.shape[1], query.shape[1] // key.shape[1], like=query)
+        weights = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale).softmax(-1)
         ctx.save_for_backward(query, key, value, weights)
         return _by_token(torch.bmm(weights, value), ctx.shape)
 
@@ -213,21 +273,29 @@ class _ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, weights = ctx.saved_tensors
         batch, length, _, head_dim = ctx.shape
-        gradient = _by_key_head(gradient, key.shape[0] // batch)
+        shape = (batch, length, key.shape[0] // batch, head_dim)
+        gradient = _by_key_head(gradient, shape[2])
         for_value = torch.bmm(weights.transpose(1, 2), gradient)
         for_weights = torch.bmm(gradient, value.transpose(1, 2))
-        for_scores = torch.ops.aten._softmax_backward_data(
-            for_weights, weights, -1, weights.dtype
-        ).mul_(ctx.scale)
-        for_query = torch.bmm(for_scores, key)
-        for_key = torch.bmm(for_scores.transpose(1, 2), query)
-        shape = (batch, length, key.shape[0] // batch, head_dim)
+        for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype)
+        for_query = torch.bmm(for_scores, key).mul_(ctx.scale)
+        for_key = torch.bmm(for_scores.transpose(1, 2), query).mul_(ctx.scale)
         return (
             _by_token(for_query, ctx.shape),
             _by_token(for_key, shape),
             _by_token(for_value, shape),
             None,
         )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+
+
+def _rotate(heads: Float[Tensor, "*n D"], turn: Tensor) -> Float[Tensor, "*n D"]:
+    """Interleaved heads times the complex factors of their pairs."""
+    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2)
 
 
 def _by_head(heads: Float[Tensor, "B L Hkv D"]) -> Float[Tensor, "BHkv L D"]:
@@ -250,13 +318,6 @@ def _causal_bias(length: int, copies: int, *, like: Tensor) -> Float[Tensor, "1 
     """-inf where a key comes after its query, for so many queries per key head."""
     bias = like.new_full((length, length), -math.inf).triu(1)
     return bias.repeat(copies, 1)[None]
-
-
-def _swiglu(gate_up: Float[Tensor, "*n FF"]) -> Float[Tensor, "*n F"]:
-    if gate_up.requires_grad:
-        return cast(Tensor, _SwiGLU.apply(gate_up))
-    gate, up = gate_up.chunk(2, -1)
-    return functional.silu(gate).mul_(up)
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

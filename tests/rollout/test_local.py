@@ -562,3 +562,18 @@ def test_bad_requests_name_what_is_wrong() -> None:
 def test_running_out_of_memory_names_the_knobs() -> None:
     with pytest.raises(TrainingError, match="max_new_tokens=10000000000000"):
         sample(build("llama"), max_new_tokens=10**13)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_weights_that_blew_up_are_said_not_to_be_sampled_from(fast: bool) -> None:
+    loaded = build("llama")
+    with torch.no_grad():
+        loaded.model.get_input_embeddings().weight.fill_(float("nan"))
+    sampler = LocalSampler(loaded, fast=fast)
+
+    with pytest.raises(TrainingError, match="not finite"):
+        sampler.sample(
+            make_prompts(3),
+            SamplerSettings(max_new_tokens=4),
+            generator=torch.Generator().manual_seed(0),
+        )

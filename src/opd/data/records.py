@@ -96,7 +96,7 @@ def _refuse_empty(drafts: Sequence[_Draft]) -> None:
     for draft in drafts:
         if draft.is_empty:
             raise DataError(
-                f"{draft.where}: the prompt is empty; fill it, or set bad_prompts = 'skip'"
+                f"{draft.where}: the prompt is empty; fill it, or set data.bad_prompts = 'skip'"
             )
 
 
@@ -105,7 +105,7 @@ def _refuse_long(prompts: Sequence[Prompt], limit: int | None) -> None:
         if limit is not None and len(prompt.prompt_ids) > limit:
             raise DataError(
                 f"{prompt.id}: the prompt has {len(prompt.prompt_ids)} tokens, more than "
-                f"max_prompt_tokens = {limit}; raise that, or set bad_prompts = 'skip'"
+                f"max_prompt_tokens = {limit}; raise that, or set data.bad_prompts = 'skip'"
             )
 
 

@@ -378,10 +378,20 @@ class _Block:
         return self._tokens[-1]
 
     def write(self, written: _Written, rows: Int[Tensor, " A"], start: int) -> None:
-        """Copy the block to its place."""
+        """Copy the block to its place.
+
+        Raises:
+            TrainingError: the model's logits are not finite.
+        """
+        probability = torch.cat(self._probability, 1)
+        if not torch.isfinite(probability).all():
+            raise TrainingError(
+                "the model's logits are not finite, so nothing can be sampled from it: its weights "
+                "have blown up; the last checkpoint is intact, lower the learning rate or clip"
+            )
         steps = slice(start, start + len(self._tokens))
         written.tokens[rows, steps] = torch.stack(self._tokens, 1)
-        written.logp[rows, steps] = torch.cat(self._probability, 1).log().float()
+        written.logp[rows, steps] = probability.log().float()
         if written.top_ids is not None:
             written.top_ids[rows, steps] = torch.stack(self._top_ids, 1)
 
@@ -411,9 +421,11 @@ def _inverse_cdf(
     """One draw per row: the first token up to which the mass exceeds `uniform`.
 
     The sum runs in float64; a token without mass adds nothing to it, so it is never the first.
+    Where a probability is NaN the last token is drawn; `write` refuses the block.
     """
     cumulated = probabilities.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulated, cumulated[:, -1:] * uniform, right=True)
+    drawn = torch.searchsorted(cumulated, cumulated[:, -1:] * uniform, right=True)
+    return drawn.clamp_(max=probabilities.shape[-1] - 1)
 
 
 class _Ending:

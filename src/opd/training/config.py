@@ -93,8 +93,8 @@ class DataConfig:
             the validation prompts.
         held_out: prompts split off for validation where `validation` is empty.
         prompt_column, answer_column, response_column, messages_column: names of the columns.
-        max_prompt_tokens: longer prompts are skipped and counted, or refused.
-        too_long: what to do with them.
+        max_prompt_tokens: limit on a prompt, special tokens included.
+        bad_prompts: what to do with longer and with empty prompts; skipped ones are counted.
         verifier: `auto` (the task's own, else `exact` where there are answers, else none),
             `none`, `task`, `exact`, `math-verify`, or `module:function`.
         chat_template_kwargs: passed to the tokenizer's chat template.
@@ -109,7 +109,7 @@ class DataConfig:
     response_column: str = "response"
     messages_column: str = "messages"
     max_prompt_tokens: Positive = 4096
-    too_long: Literal["skip", "error"] = "skip"
+    bad_prompts: Literal["skip", "error"] = "skip"
     verifier: str = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 

@@ -301,7 +301,7 @@ def prompt_settings(data: DataConfig, *, with_responses: bool) -> PromptSettings
         with_responses=with_responses,
         chat_template_kwargs=data.chat_template_kwargs,
         max_prompt_tokens=data.max_prompt_tokens,
-        bad_prompts=data.too_long,
+        bad_prompts=data.bad_prompts,
     )
 
 
