@@ -64,9 +64,7 @@ _COLUMNS: Mapping[str, tuple[str, str]] = {
 
 def _speed(rows: Rows) -> str:
     """One line per case and system; columns that apply to none are left out."""
-    used = [
-        name for name in _COLUMNS if any(row.get(name) is not None for row in rows)
-    ]
+    used = [name for name in _COLUMNS if any(row.get(name) is not None for row in rows)]
     heads = ["case", "system", *(_COLUMNS[name][0] for name in used)]
     lines = [_line(heads), "|---|---|" + "---:|" * len(used)]
     for row in rows:

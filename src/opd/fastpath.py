@@ -1,14 +1,14 @@
-"""Llama-like decoders without the model's own forward: the same numbers in fewer passes.
+"""Llama-like decoders without the model's own forward: the same numbers in fewer operations.
 
 The shape: RMSNorm, rotary positions, grouped-query attention with optional q/k/v biases and
-optional q/k norms, SwiGLU. Llama, Qwen2, Qwen3 and Mistral have it. `FastModel` is its weights and
-layers; `response_states` reads whole sequences with it, with or without gradient, and
-`rollout/fast.py` decodes with it.
+optional q/k norms, SwiGLU. Llama, Qwen2, Qwen3 and Mistral have it. `FastModel` holds such a
+model's weights as they are now; `response_states` reads whole sequences with it, with or without
+gradient, and `rollout/fast.py` decodes with it.
 
-Small float32 models are *folded*: q, k and v become one matrix, gate and up another, the weights of
-the norms move into the matrix that follows, and the two entries of a head that rotate together
-become neighbours. Folding is done anew at every visit, since weights change in between, and inside
-autograd, so the gradient is that of the model's own parameters.
+Small float32 models are *folded*, anew for every visit since weights change in between: q, k and v
+become one matrix, gate and up another, the weights of the norms move into the matrix that follows,
+the scale of the scores into the queries, and the two entries of a head that rotate together become
+neighbours. Folding is part of the graph, so gradients are those of the model's own parameters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from opd.types import Batch
 
 __all__ = [
     "FOLD_BYTES",
+    "SMALL",
     "FastModel",
+    "causal_attention",
+    "causal_bias",
+    "fold",
     "response_states",
     "why_not_fast",
     "why_not_folded",
@@ -38,8 +42,11 @@ __all__ = [
 FOLD_BYTES = 64 * 2**20
 """Float32 models of at most this many bytes are folded; copying them costs a few milliseconds."""
 
-SHORT = 192
-"""Up to this length attention is quicker with its weights written out than by blocks."""
+SHORT = 128
+"""Up to this length attention is quicker with all its weights written out than block by block."""
+
+SMALL = "a small float32 model of Llama-like shape, on a CPU"
+"""Why a model is folded, where it is."""
 
 _FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -50,18 +57,27 @@ _PROJECTIONS = {
 }
 
 
-def response_states(model: nn.Module, batch: Batch) -> Float[Tensor, "N H"]:
-    """Hidden states, after the final norm, of the batch's response rows, in their order.
+def response_states(
+    model: nn.Module, batch: Batch, folded: FastModel | None
+) -> Float[Tensor, "N H"]:
+    """Hidden states, after the final norm, that predict the batch's response rows, in their order.
 
-    Sequences are padded on the right, so causal attention never looks at the padding. The fast
-    path reads them unless `why_not_folded` has an objection; both agree within rounding, and both
-    carry the gradient.
+    Sequences are padded on the right, so causal attention never looks at the padding.
+
+    Args:
+        folded: `fold(model)`; None takes the model's own forward. Both agree within rounding, and
+            both carry the gradient.
     """
-    if why_not_folded(model) is None and not batch.model_inputs:
-        return FastModel(model, fold=True).read(batch.input_ids, batch.row_index)
+    if folded is not None and not batch.model_inputs:
+        return folded.read(batch.input_ids, batch.row_index)
     states = backbone(model)(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs)
     hidden: Tensor = states.last_hidden_state
     return hidden.flatten(0, 1).index_select(0, batch.row_index)
+
+
+def fold(model: nn.Module) -> FastModel | None:
+    """The model with its weights of now, folded; None where `why_not_folded` has an objection."""
+    return FastModel(model, fold=True) if why_not_folded(model) is None else None
 
 
 # --------------------------------------------------------------------------------------------
@@ -69,33 +85,26 @@ def response_states(model: nn.Module, batch: Batch) -> Float[Tensor, "N H"]:
 
 
 def why_not_folded(model: nn.Module) -> str | None:
-    """What keeps `response_states` from the fast path; None where nothing does.
+    """What keeps a model from being folded; None where nothing does.
 
-    The gain is that of few passes over small tensors, so it is for small float32 models on a CPU.
+    Folding pays where operations are small and memory is the processor's own cache: for small
+    float32 models on a CPU.
     """
-    weights = list(model.parameters())
-    if any(weight.device.type != "cpu" for weight in weights):
-        return "it is not on a CPU"
-    if any(weight.dtype != torch.float32 for weight in weights):
-        return "its weights are not float32"
-    if sum(weight.nbytes for weight in weights) > FOLD_BYTES:
+    size = 0
+    for module in model.modules():
+        if _has_hooks(module):
+            return f"its {type(module).__name__} has hooks, which would not be called"
+        for weight in module._parameters.values():
+            if weight is None:
+                continue
+            if weight.device.type != "cpu":
+                return "it is not on a CPU"
+            if weight.dtype != torch.float32:
+                return "its weights are not float32"
+            size += weight.nbytes
+    if size > FOLD_BYTES:
         return f"its weights take more than {FOLD_BYTES // 2**20} MiB"
-    if any(_has_hooks(module) for module in model.modules()):
-        return "one of its modules has hooks, which would not be called"
     return why_not_fast(model)
-
-
-def why_not_fast(model: nn.Module) -> str | None:
-    """What keeps a model from having the shape of `FastModel`; None where nothing does."""
-    if hasattr(model, "peft_config"):
-        return "it has adapters"
-    config = cast(Any, model).config
-    if config.model_type not in _FAMILIES:
-        return f"its family, {config.model_type}, is not one of {', '.join(_FAMILIES)}"
-    base = cast(Any, backbone(model))
-    return (
-        _attention_obstacle(config, base) or _projection_obstacle(base) or _placement_obstacle(model)
-    )
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -104,6 +113,21 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+    )
+
+
+def why_not_fast(model: nn.Module) -> str | None:
+    """What keeps a model from being a `FastModel`; None where nothing does."""
+    if hasattr(model, "peft_config"):
+        return "it has adapters"
+    config = cast(Any, model).config
+    if config.model_type not in _FAMILIES:
+        return f"its family, {config.model_type}, is not one of {', '.join(_FAMILIES)}"
+    base = cast(Any, backbone(model))
+    return (
+        _attention_obstacle(config, base)
+        or _projection_obstacle(base)
+        or _placement_obstacle(model)
     )
 
 
@@ -125,8 +149,9 @@ def _projection_obstacle(base: Any) -> str | None:
         return f"its activation is {base.config.hidden_act}"
     for layer in base.layers:
         for owner, names in _PROJECTIONS.items():
+            modules = getattr(layer, owner)._modules
             for name in names:
-                linear = getattr(getattr(layer, owner), name)
+                linear = modules[name]
                 if type(linear) is not nn.Linear:
                     return f"{owner}.{name} is a {type(linear).__name__}"
                 if linear.bias is not None and name not in _MAY_HAVE_BIAS:
@@ -135,37 +160,24 @@ def _projection_obstacle(base: Any) -> str | None:
 
 
 def _placement_obstacle(model: nn.Module) -> str | None:
-    if any(type(weight) not in (nn.Parameter, Tensor) for weight in model.parameters()):
+    weights = list(model.parameters())
+    if any(type(weight) not in (nn.Parameter, Tensor) for weight in weights):
         return "its weights are sharded or quantised"
-    if len({weight.device for weight in model.parameters()}) != 1:
+    if len({weight.device for weight in weights}) != 1:
         return "its weights lie on several devices"
     return None
 
 
 # --------------------------------------------------------------------------------------------
-# Operations on whole sequences, their derivatives written out
+# Operations on whole sequences, with their derivatives written out
 #
-# Left to itself autograd would take three times as many passes over memory. A norm is that of the
-# folded model: `unit = x / length`, `length = sqrt(sum(x^2) + floor^2)`.
-
-
-def _unit(x: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """`unit` and `length` over the last axis."""
-    length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
-    return x / length, length
-
-
-def _unit_gradient(gradient: Tensor, unit: Tensor) -> Tensor:
-    """The gradient that reaches `x` through its `unit`, times `length`."""
-    along = (gradient * unit).sum(-1, keepdim=True)
-    return torch.addcmul(gradient, unit, along, value=-1)
+# Left to itself autograd would take about twice as many passes over memory. A folded norm is
+# `unit = x / length` with `length = sqrt(sum(x^2) + floor^2)`. `turn` holds the complex factor of
+# every position, head and pair, `[L, Hqk, D / 2]`.
 
 
 class _Heads(torch.autograd.Function):
-    """Norm, projection to heads, norm of the heads, rotation.
-
-    Returns queries and keys in one, and values, of one row per token.
-    """
+    """Norm, projection, norm of the heads, rotation: queries with keys, and values."""
 
     @staticmethod
     def forward(
@@ -175,40 +187,72 @@ class _Heads(torch.autograd.Function):
         bias: Float[Tensor, " HD"] | None,
         gain: Float[Tensor, "Hqk D"] | None,
         turn: Tensor,
-        floor: Tensor,
-        head_floor: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        floor: Float[Tensor, ""],
+        head_floor: Float[Tensor, ""] | None,
+    ) -> tuple[Float[Tensor, "B L Hqk D"], Float[Tensor, "B L Hkv D"]]:
         unit, length = _unit(x, floor)
-        heads = _linear(unit, weight, bias).view(len(x), -1, 2 * turn.shape[-1])
-        turned = heads[:, : turn.shape[-2]]
+        heads = torch.mm(unit, weight.T) if bias is None else torch.addmm(bias, unit, weight.T)
+        turned, values = _split_heads(heads, turn)
         head_unit = head_length = None
         if head_floor is not None:
             head_unit, head_length = _unit(turned, head_floor)
             turned = head_unit * gain
-        ctx.save_for_backward(unit, length, weight, gain, turn, head_unit, head_length)
         ctx.has_bias = bias is not None
-        return _rotate(turned, turn), heads[:, turn.shape[-2] :]
+        ctx.save_for_backward(unit, length, weight, gain, turn, head_unit, head_length)
+        return _rotate(turned, turn), values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, for_turned: Tensor, for_values: Tensor) -> tuple[Tensor | None, ...]:
         unit, length, weight, gain, turn, head_unit, head_length = ctx.saved_tensors
-        for_heads = for_values.new_empty(len(unit), weight.shape[0]).view(
-            len(unit), -1, 2 * turn.shape[-1]
-        )
-        inward = _rotate(for_turned, turn.conj())
+        for_heads = unit.new_empty(len(unit), len(weight))
+        before_turn, values = _split_heads(for_heads, turn)
+        values.copy_(for_values)
+        turned_back = _rotate(for_turned, turn.conj())
         for_gain = None
-        if head_unit is not None:
-            for_gain = (inward * head_unit).sum(0)
-            inward = _unit_gradient(inward * gain, head_unit)
-            torch.div(inward, head_length, out=for_heads[:, : turn.shape[-2]])
+        if head_unit is None:
+            before_turn.copy_(turned_back)
         else:
-            for_heads[:, : turn.shape[-2]] = inward
-        for_heads[:, turn.shape[-2] :] = for_values
-        flat = for_heads.flatten(1)
-        for_x = _unit_gradient(torch.mm(flat, weight), unit).div_(length)
-        for_bias = flat.sum(0) if ctx.has_bias else None
-        return for_x, torch.mm(flat.T, unit), for_bias, for_gain, None, None, None
+            for_gain = (turned_back * head_unit).sum((0, 1))
+            torch.div(_unit_gradient(turned_back * gain, head_unit), head_length, out=before_turn)
+        for_x = _unit_gradient(torch.mm(for_heads, weight), unit).div_(length)
+        for_bias = for_heads.sum(0) if ctx.has_bias else None
+        return for_x, torch.mm(for_heads.T, unit), for_bias, for_gain, None, None, None
+
+
+class _ShortAttention(torch.autograd.Function):
+    """`softmax(query key^T + bias) value`, queries that share a key head behind each other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Float[Tensor, "B L Hq D"],
+        key: Float[Tensor, "B L Hkv D"],
+        value: Float[Tensor, "B L Hkv D"],
+        bias: Float[Tensor, "BHkv_or_1 GL L"],
+    ) -> Float[Tensor, "B L Hq D"]:
+        ctx.query_shape, ctx.key_shape = query.shape, key.shape
+        query, key, value = (_by_key_head(heads, ctx.key_shape[2]) for heads in (query, key, value))
+        weights = torch.baddbmm(bias, query, key.transpose(1, 2)).softmax(-1)
+        ctx.save_for_backward(query, key, value, weights)
+        return _by_token(torch.bmm(weights, value), ctx.query_shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, weights = ctx.saved_tensors
+        gradient = _by_key_head(gradient, ctx.key_shape[2])
+        for_value = torch.bmm(weights.transpose(1, 2), gradient)
+        for_weights = torch.bmm(gradient, value.transpose(1, 2))
+        for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype)
+        for_query = torch.bmm(for_scores, key)
+        for_key = torch.bmm(for_scores.transpose(1, 2), query)
+        return (
+            _by_token(for_query, ctx.query_shape),
+            _by_token(for_key, ctx.key_shape),
+            _by_token(for_value, ctx.key_shape),
+            None,
+        )
 
 
 class _FeedForward(torch.autograd.Function):
@@ -220,7 +264,7 @@ class _FeedForward(torch.autograd.Function):
         x: Float[Tensor, "n H"],
         gate_up: Float[Tensor, "FF H"],
         down: Float[Tensor, "H F"],
-        floor: Tensor,
+        floor: Float[Tensor, ""],
     ) -> Float[Tensor, "n H"]:
         unit, length = _unit(x, floor)
         wide = torch.mm(unit, gate_up.T)
@@ -242,54 +286,44 @@ class _FeedForward(torch.autograd.Function):
         torch.mul(for_inner, opened, out=for_up)
         for_opened = for_inner.mul_(up)
         torch.ops.aten.silu_backward.grad_input(for_opened, gate, grad_input=for_gate)
-        inward = _unit_gradient(torch.mm(for_wide, gate_up), unit)
-        return torch.addcdiv(gradient, inward, length), torch.mm(for_wide.T, unit), for_down, None
+        through_unit = _unit_gradient(torch.mm(for_wide, gate_up), unit)
+        for_x = torch.addcdiv(gradient, through_unit, length)
+        return for_x, torch.mm(for_wide.T, unit), for_down, None
 
 
-class _ShortAttention(torch.autograd.Function):
-    """Causal attention with its weights written out: `softmax(scale q k^T) v`.
-
-    Heads are gathered key head by key head, the queries that share one behind each other, so that
-    grouped queries need no copies of keys and values.
-    """
+class _Unit(torch.autograd.Function):
+    """A folded norm alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Float[Tensor, "B L Hq D"],
-        key: Float[Tensor, "B L Hkv D"],
-        value: Float[Tensor, "B L Hkv D"],
-        scale: float,
-    ) -> Float[Tensor, "B L Hq D"]:
-        ctx.shape, ctx.scale = query.shape, scale
-        query, key, value = _by_key_head(query, key.shape[2]), _by_head(key), _by_head(value)
-        bias = _causal_bias(key.shape[1], query.shape[1] // key.shape[1], like=query)
-        weights = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale).softmax(-1)
-        ctx.save_for_backward(query, key, value, weights)
-        return _by_token(torch.bmm(weights, value), ctx.shape)
+    def forward(ctx: Any, x: Tensor, floor: Float[Tensor, ""]) -> Tensor:
+        unit, length = _unit(x, floor)
+        ctx.save_for_backward(unit, length)
+        return unit
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, weights = ctx.saved_tensors
-        batch, length, _, head_dim = ctx.shape
-        shape = (batch, length, key.shape[0] // batch, head_dim)
-        gradient = _by_key_head(gradient, shape[2])
-        for_value = torch.bmm(weights.transpose(1, 2), gradient)
-        for_weights = torch.bmm(gradient, value.transpose(1, 2))
-        for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype)
-        for_query = torch.bmm(for_scores, key).mul_(ctx.scale)
-        for_key = torch.bmm(for_scores.transpose(1, 2), query).mul_(ctx.scale)
-        return (
-            _by_token(for_query, ctx.shape),
-            _by_token(for_key, shape),
-            _by_token(for_value, shape),
-            None,
-        )
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        unit, length = ctx.saved_tensors
+        return _unit_gradient(gradient, unit).div_(length), None
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+def _unit(x: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """`unit` and `length` over the last axis."""
+    length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
+    return x / length, length
+
+
+def _unit_gradient(gradient: Tensor, unit: Tensor) -> Tensor:
+    """The gradient of `x`, times `length`, from that of its `unit`."""
+    along = (gradient * unit).sum(-1, keepdim=True)
+    return torch.addcmul(gradient, unit, along, value=-1)
+
+
+def _split_heads(flat: Float[Tensor, "n HD"], turn: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries with keys, and values, as views `[B, L, heads, D]`."""
+    length, n_turned, half = turn.shape
+    heads = flat.view(-1, length, flat.shape[1] // (2 * half), 2 * half)
+    return heads[:, :, :n_turned], heads[:, :, n_turned:]
 
 
 def _rotate(heads: Float[Tensor, "*n D"], turn: Tensor) -> Float[Tensor, "*n D"]:
@@ -298,36 +332,49 @@ def _rotate(heads: Float[Tensor, "*n D"], turn: Tensor) -> Float[Tensor, "*n D"]
     return torch.view_as_real(pairs * turn).flatten(-2)
 
 
-def _by_head(heads: Float[Tensor, "B L Hkv D"]) -> Float[Tensor, "BHkv L D"]:
-    return heads.transpose(1, 2).reshape(-1, heads.shape[1], heads.shape[3])
-
-
 def _by_key_head(heads: Float[Tensor, "B L Hq D"], n_key: int) -> Float[Tensor, "BHkv GL D"]:
+    """Key head by key head, the heads that share one behind each other."""
     batch, length, _, head_dim = heads.shape
+    if heads.shape[2] == n_key:
+        return heads.transpose(1, 2).reshape(-1, length, head_dim)
     grouped = heads.reshape(batch, length, n_key, -1, head_dim).permute(0, 2, 3, 1, 4)
     return grouped.reshape(batch * n_key, -1, head_dim)
 
 
-def _by_token(heads: Tensor, shape: Sequence[int]) -> Float[Tensor, "B L Hq D"]:
-    """Back to `shape`, [B, L, heads, D]."""
+def _by_token(heads: Float[Tensor, "BHkv GL D"], shape: Sequence[int]) -> Float[Tensor, "B L Hq D"]:
+    """What `_by_key_head` made of a tensor of this shape, back."""
     batch, length, n_heads, head_dim = shape
-    return heads.reshape(batch, n_heads, length, head_dim).transpose(1, 2)
+    return heads.view(batch, n_heads, length, head_dim).transpose(1, 2)
 
 
-def _causal_bias(length: int, copies: int, *, like: Tensor) -> Float[Tensor, "1 GL L"]:
-    """-inf where a key comes after its query, for so many queries per key head."""
-    bias = like.new_full((length, length), -math.inf).triu(1)
-    return bias.repeat(copies, 1)[None]
+def causal_bias(length: int, *, like: Tensor) -> Float[Tensor, "1 L L"]:
+    """-inf where the key comes after the query."""
+    return like.new_full((1, length, length), -math.inf).triu(1)
 
 
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention of `[B, L, heads, D]`; queries that share a key head are neighbours."""
-    if query.shape[1] <= SHORT:
-        return cast(Tensor, _ShortAttention.apply(query, key, value, scale))
-    heads = (heads.transpose(1, 2) for heads in (query, key, value))
-    return functional.scaled_dot_product_attention(
-        *heads, is_causal=True, scale=scale, enable_gqa=True
-    ).transpose(1, 2)
+def causal_attention(
+    query: Float[Tensor, "B L Hq D"],
+    key: Float[Tensor, "B L Hkv D"],
+    value: Float[Tensor, "B L Hkv D"],
+    bias: Float[Tensor, "B_or_1 L L"] | None,
+) -> Float[Tensor, "B L Hq D"]:
+    """Attention with a scale of 1; queries that share a key head are neighbours.
+
+    Args:
+        bias: added to the scores, `causal_bias` at least; None where it would be that and the
+            sequences are too long to write it out.
+    """
+    if bias is None:
+        swapped = (heads.transpose(1, 2) for heads in (query, key, value))
+        return functional.scaled_dot_product_attention(
+            *swapped, is_causal=True, scale=1.0, enable_gqa=query.shape[2] != key.shape[2]
+        ).transpose(1, 2)
+    n_key = key.shape[2]
+    if query.shape[2] != n_key:
+        bias = bias.repeat(1, query.shape[2] // n_key, 1)
+    if len(bias) > 1 and n_key > 1:
+        bias = bias.repeat_interleave(n_key, 0)
+    return cast(Tensor, _ShortAttention.apply(query, key, value, bias))
 
 
 # --------------------------------------------------------------------------------------------
@@ -350,23 +397,9 @@ class _Matrix:
             return torch.mm(x, self.weight)
         return torch.addmm(self.bias, x, self.weight)
 
-    def interleaved(self, head_dim: int) -> _Matrix:
-        """The same map to interleaved heads."""
-        bias = None if self.bias is None else _interleave(self.bias, head_dim)
-        return _Matrix(_interleave(self.weight, head_dim), bias)
-
-    def contiguous(self) -> _Matrix:
-        """The same map stored input-major, which `mm` is fastest on where there are few rows."""
+    def input_major(self) -> _Matrix:
+        """The same map, stored as `mm` is fastest on where there are few rows."""
         return replace(self, weight=self.weight.contiguous())
-
-
-def _fuse(matrices: Sequence[_Matrix], gain: Tensor) -> _Matrix:
-    """One matrix for several that read the same input, with the gain of the norm before them."""
-    weight = torch.cat([matrix.weight.T for matrix in matrices]).mul(gain).T
-    if all(matrix.bias is None for matrix in matrices):
-        return _Matrix(weight)
-    biases = [m.weight.new_zeros(m.weight.shape[1]) if m.bias is None else m.bias for m in matrices]
-    return _Matrix(weight, torch.cat(biases))
 
 
 def _apply(matrices: Sequence[_Matrix], x: Tensor) -> Tensor:
@@ -375,14 +408,39 @@ def _apply(matrices: Sequence[_Matrix], x: Tensor) -> Tensor:
     return torch.cat([matrix(x) for matrix in matrices], -1)
 
 
-def _interleave(heads: Float[Tensor, "*n HD"], head_dim: int) -> Float[Tensor, "*n HD"]:
+def _fold_heads(attention: Any, gain: Tensor) -> _Matrix:
+    """Queries and keys, interleaved, and values, with the gain of the norm before them.
+
+    Without a norm of the heads, the scale of the scores goes into the queries.
+    """
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    scale = 1.0 if hasattr(attention, "q_norm") else attention.scaling
+    has_bias = any(linear.bias is not None for linear in linears)
+
+    def joined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        turned = torch.cat((query if scale == 1 else query * scale, key))
+        return torch.cat((_interleave(turned, attention.head_dim, 0), value))
+
+    weight = joined(*(linear.weight for linear in linears)) * gain
+    bias = joined(*(_bias_or_zeros(linear) for linear in linears)) if has_bias else None
+    return _Matrix(weight.T, bias)
+
+
+def _bias_or_zeros(linear: nn.Linear) -> Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+
+
+def _interleave(heads: Tensor, head_dim: int, axis: int) -> Tensor:
     """Puts the two entries of a head that rotate together, half a head apart, side by side.
 
     They then are one complex number, and the rotation is one multiplication. Scores do not change
     when queries and keys are reordered alike.
+
+    Args:
+        axis: where the heads are, >= 0; several heads may follow each other in it.
     """
-    pairs = heads.reshape(*heads.shape[:-1], -1, 2, head_dim // 2)
-    return pairs.transpose(-1, -2).flatten(-3)
+    pairs = heads.unflatten(axis, (-1, 2, head_dim // 2))
+    return pairs.transpose(axis + 1, axis + 2).flatten(axis, axis + 2)
 
 
 @dataclass(frozen=True)
@@ -402,7 +460,7 @@ class _Norm:
     @classmethod
     def of(cls, norm: Any, *, fold: bool) -> _Norm:
         weight, eps = norm.weight, norm.variance_epsilon
-        floor = weight.new_tensor(math.sqrt(weight.numel() * eps)) if fold else None
+        floor = weight.new_full((), math.sqrt(weight.numel() * eps)) if fold else None
         return cls(weight, eps, floor)
 
     @property
@@ -413,9 +471,7 @@ class _Norm:
     def __call__(self, x: Tensor) -> Tensor:
         if self.floor is None:
             return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        if x.requires_grad:
-            return cast(Tensor, _UnitNorm.apply(x, self.floor))
-        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
+        return _unit(x, self.floor)[0]
 
 
 @dataclass(frozen=True)
@@ -434,13 +490,13 @@ class _HeadNorm:
         query, key = _Norm.of(attention.q_norm, fold=fold), _Norm.of(attention.k_norm, fold=fold)
         if not fold:
             return cls(query, key, n_query, None)
-        gain = torch.cat((query.gain.expand(n_query, -1), key.gain.expand(n_key, -1)))
-        return cls(query, key, n_query, _interleave(gain, attention.head_dim))
+        gains = (query.gain * attention.scaling).expand(n_query, -1), key.gain.expand(n_key, -1)
+        return cls(query, key, n_query, _interleave(torch.cat(gains), attention.head_dim, 1))
 
     def __call__(self, heads: Float[Tensor, "*n Hqk D"]) -> Float[Tensor, "*n Hqk D"]:
         if self.gain is not None:
-            return self.query(heads) * self.gain
-        queries, keys = heads.split((self.n_query, heads.shape[-2] - self.n_query), -2)
+            return self.query(heads).mul_(self.gain)
+        queries, keys = heads[..., : self.n_query, :], heads[..., self.n_query :, :]
         return torch.cat((self.query(queries), self.key(keys)), -2)
 
 
@@ -457,45 +513,55 @@ class _Layer:
     @classmethod
     def of(cls, layer: Any, n_query: int, n_key: int, *, fold: bool) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        layer_ = cls(
-            attention_norm=_Norm.of(layer.input_layernorm, fold=fold),
-            qkv=tuple(
-                _Matrix.of(linear)
-                for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-            ),
+        attention_norm = _Norm.of(layer.input_layernorm, fold=fold)
+        mlp_norm = _Norm.of(layer.post_attention_layernorm, fold=fold)
+        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        gate_up = (mlp.gate_proj, mlp.up_proj)
+        if fold:
+            heads = (_fold_heads(attention, attention_norm.gain),)
+            both = torch.cat([linear.weight for linear in gate_up]) * mlp_norm.gain
+        return cls(
+            attention_norm=attention_norm,
+            qkv=heads if fold else tuple(map(_Matrix.of, qkv)),
             head_norm=_HeadNorm.of(attention, n_query, n_key, fold=fold),
             out=_Matrix.of(attention.o_proj),
-            mlp_norm=_Norm.of(layer.post_attention_layernorm, fold=fold),
-            gate_up=(_Matrix.of(mlp.gate_proj), _Matrix.of(mlp.up_proj)),
+            mlp_norm=mlp_norm,
+            gate_up=(_Matrix(both.T),) if fold else tuple(map(_Matrix.of, gate_up)),
             down=_Matrix.of(mlp.down_proj),
         )
-        return layer_.folded(attention.head_dim) if fold else layer_
 
-    def folded(self, head_dim: int) -> _Layer:
-        """Fused, with interleaved queries and keys."""
-        query, key, value = self.qkv
-        qkv = (query.interleaved(head_dim), key.interleaved(head_dim), value)
+    def input_major(self) -> _Layer:
+        """The same layer, stored for few rows."""
         return replace(
             self,
-            qkv=(_fuse(qkv, self.attention_norm.gain),),
-            gate_up=(_fuse(self.gate_up, self.mlp_norm.gain),),
+            qkv=tuple(matrix.input_major() for matrix in self.qkv),
+            gate_up=tuple(matrix.input_major() for matrix in self.gate_up),
+            out=self.out.input_major(),
+            down=self.down.input_major(),
         )
 
-    def contiguous(self) -> _Layer:
-        """The same layer with its matrices stored for few rows."""
-        return replace(
-            self,
-            qkv=tuple(matrix.contiguous() for matrix in self.qkv),
-            gate_up=tuple(matrix.contiguous() for matrix in self.gate_up),
-            out=self.out.contiguous(),
-            down=self.down.contiguous(),
+    def read_heads(self, x: Float[Tensor, "n H"], turn: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries with keys, and values, of whole sequences: `[B, L, heads, D]` each."""
+        (qkv,), norm = self.qkv, self.head_norm
+        gain, floor = (None, None) if norm is None else (norm.gain, norm.query.floor)
+        heads: tuple[Tensor, Tensor] = _Heads.apply(
+            x, qkv.weight.T, qkv.bias, gain, turn, self.attention_norm.floor, floor
         )
+        return heads
 
-    def close(self, x: Float[Tensor, "n H"], attended: Float[Tensor, "n HqD"]) -> Float[Tensor, "n H"]:
-        """The rest of the layer after attention: output projection and SwiGLU, both residual."""
+    def read_rest(self, x: Float[Tensor, "n H"], attended: Tensor) -> Float[Tensor, "n H"]:
+        """What `close` does, with a gradient."""
         x = torch.addmm(x, attended, self.out.weight)
-        opened = _swiglu(_apply(self.gate_up, self.mlp_norm(x)))
-        return torch.addmm(x, opened, self.down.weight)
+        rest: Tensor = _FeedForward.apply(
+            x, self.gate_up[0].weight.T, self.down.weight.T, self.mlp_norm.floor
+        )
+        return rest
+
+    def close(self, x: Float[Tensor, "n H"], attended: Tensor) -> Float[Tensor, "n H"]:
+        """The rest of a layer after attention: output projection and SwiGLU, both residual."""
+        x = torch.addmm(x, attended, self.out.weight)
+        gate, up = _apply(self.gate_up, self.mlp_norm(x)).chunk(2, -1)
+        return torch.addmm(x, functional.silu(gate).mul_(up), self.down.weight)
 
 
 # --------------------------------------------------------------------------------------------
@@ -506,70 +572,70 @@ class FastModel:
     """The decoder of a model `why_not_fast` has nothing against, with its weights of now.
 
     Args:
-        fold: see the module's text.
+        fold: see the module's text; `read` needs it.
     """
 
     def __init__(self, model: nn.Module, *, fold: bool) -> None:
         base, config = cast(Any, backbone(model)), cast(Any, model).config
         attention = base.layers[0].self_attn
-        self.fold = fold
+        self.folded = fold
         self.embedding: Tensor = base.embed_tokens.weight
+        self.wide = torch.promote_types(self.embedding.dtype, torch.float32)
         self.n_query: int = config.num_attention_heads
         self.n_key: int = config.num_key_value_heads
-        self.n_turned = self.n_query + self.n_key
         self.head_dim: int = attention.head_dim
-        self.scale: float = attention.scaling
+        self.scale: float = 1.0 if fold else attention.scaling
         self.layers = [
             _Layer.of(layer, self.n_query, self.n_key, fold=fold) for layer in base.layers
         ]
         self.norm = _Norm.of(base.norm, fold=fold)
         self._rotary = base.rotary_emb
-        self._wide = torch.promote_types(self.embedding.dtype, torch.float32)
 
     def read(self, ids: Int[Tensor, "B L"], rows: Int[Tensor, " N"]) -> Float[Tensor, "N H"]:
-        """Hidden states after the final norm at some of the B x L places of whole sequences.
+        """Hidden states after the final norm at some places of whole sequences.
 
-        Padding goes on the right. The last layer is finished only where it was asked for.
+        Padding goes on the right. The last layer is finished only where it is asked for.
 
         Args:
-            rows: places in the flattened [B, L].
+            rows: places in the flattened `[B, L]`.
         """
-        turn = self.rotation(ids.shape[1])
+        length = ids.shape[1]
+        turn = self.rotation(length)
+        bias = causal_bias(length, like=self.embedding) if length <= SHORT else None
         x = functional.embedding(ids.flatten(), self.embedding)
         for layer in self.layers:
-            heads = self.heads(layer, x.view(*ids.shape, -1), turn)
-            attended = _causal_attention(*heads, self.scale).reshape(len(x), -1)
+            queries_keys, values = layer.read_heads(x, turn)
+            queries, keys = queries_keys.split((self.n_query, self.n_key), 2)
+            attended = causal_attention(queries, keys, values, bias).reshape(len(x), -1)
             if layer is self.layers[-1]:
                 x, attended = x.index_select(0, rows), attended.index_select(0, rows)
-            x = layer.close(x, attended)
-        return self.norm(x) * self.norm.gain if self.fold else self.norm(x)
+            x = layer.read_rest(x, attended)
+        unit: Tensor = _Unit.apply(x, self.norm.floor)
+        return unit * self.norm.gain
 
     def heads(
-        self, layer: _Layer, x: Float[Tensor, "*n H"], turn: Tensor
+        self, layer: _Layer, x: Float[Tensor, "n H"], turn: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, interleaved and rotated, and values: `[*n, heads, D]` each."""
-        lead = x.shape[:-1]
-        projected = _apply(layer.qkv, layer.attention_norm(x).flatten(0, -2))
-        heads = projected.view(*lead, -1, self.head_dim)
-        queries_keys, values = heads.split((self.n_turned, self.n_key), -2)
+        """Queries and keys, interleaved and rotated, and values: `[n, heads, D]` each."""
+        n_turned = self.n_query + self.n_key
+        heads = _apply(layer.qkv, layer.attention_norm(x)).view(len(x), -1, self.head_dim)
+        turned = heads[:, :n_turned]
         if layer.head_norm is not None:
-            queries_keys = layer.head_norm(queries_keys)
-        if not self.fold:  # complex numbers come in no half precision
-            queries_keys = _interleave(queries_keys, self.head_dim).to(self._wide)
-        pairs = torch.view_as_complex(queries_keys.unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
-        queries, keys = turned.split((self.n_query, self.n_key), -2)
-        return queries, keys, values
+            turned = layer.head_norm(turned)
+        if not self.folded:  # complex numbers come in no half precision
+            turned = _interleave(turned, self.head_dim, 2).to(self.wide)
+        turned = _rotate(turned, turn).to(x.dtype)
+        return turned[:, : self.n_query], turned[:, self.n_query :], heads[:, n_turned:]
 
     def rotation(self, length: int) -> Tensor:
         """The complex factor of every position, head and pair, `[length, Hqk, D / 2]`.
 
-        Angles are taken in float32 whatever the weights are, as the models themselves do. Folded
+        Angles are taken in float32 whatever the weights are, as the models themselves do. Folded,
         it is written out for every head, which makes multiplying by it twice as fast.
         """
         frequencies = self._rotary.inv_freq.float()
         positions = torch.arange(length, device=frequencies.device).float()
         angles = torch.outer(positions, frequencies)
         size = torch.full_like(angles, self._rotary.attention_scaling)
-        turn = torch.polar(size, angles).to(self._wide.to_complex())[:, None]
-        return turn.expand(-1, self.n_turned, -1).contiguous() if self.fold else turn
+        turn = torch.polar(size, angles).to(self.wide.to_complex())[:, None]
+        return turn.repeat(1, self.n_query + self.n_key, 1) if self.folded else turn

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from opd.fastpath import SMALL, fold, response_states, why_not_folded
 from opd.head import linear_head
-from opd.models import LoadedModel, backbone, unembedding
+from opd.models import LoadedModel, unembedding
 from opd.objective import Objective
 from opd.types import Batch, FieldKey, StudentOutput
 
@@ -34,6 +35,16 @@ class Student(nn.Module):
         self.vocab_size = vocab_size or loaded.vocab_size
         self.eval()
 
+    @property
+    def path(self) -> str:
+        """`fast`, or `generic`: the model's own forward."""
+        return "fast" if why_not_folded(self.model) is None else "generic"
+
+    @property
+    def path_reason(self) -> str:
+        """Why `path` is what it is."""
+        return why_not_folded(self.model) or SMALL
+
     def train(self, mode: bool = True) -> Student:
         """Stays in evaluation mode: dropout would make the student differ from its sampler."""
         return super().train(False)
@@ -55,12 +66,8 @@ class Student(nn.Module):
             temperature: divides the logits where there is no objective.
         """
         with torch.set_grad_enabled(objective is not None and torch.is_grad_enabled()):
-            hidden = backbone(self.model)(
-                input_ids=batch.input_ids, use_cache=False, **batch.model_inputs
-            ).last_hidden_state
-            rows = hidden.flatten(0, 1).index_select(0, batch.row_index)
             out = linear_head(
-                rows,
+                response_states(self.model, batch, fold(self.model)),
                 unembedding(self.model, self.vocab_size),
                 batch,
                 objective,

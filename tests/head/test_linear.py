@@ -71,6 +71,7 @@ def _with_merged_logits(case: Case) -> Case:
     )
 
 
+@pytest.mark.parametrize("reply", ["hidden", "log_probs"])
 @pytest.mark.parametrize(
     "objective",
     [
@@ -89,9 +90,13 @@ def _with_merged_logits(case: Case) -> Case:
     ids=["reverse_kl", "log_ratio", "jsd", "top_k", "sampled"],
 )
 def test_several_end_tokens_count_as_one_action_on_both_sides(
-    case: Case, objective: Objective
+    case: Case, objective: Objective, reply: str
 ) -> None:
-    one_action = evaluate(case, objective, case.batch(merge_ids=((2, 6),)))
+    batch = case.batch(merge_ids=((2, 6),))
+    if reply == "log_probs":
+        log_probs = case.rows(case.teacher_logits["teacher"]).log_softmax(-1)
+        batch = with_token(batch, views={"teacher": TeacherScores(log_probs=log_probs)})
+    one_action = evaluate(case, objective, batch)
     smaller = evaluate(_with_merged_logits(case), objective)
     assert one_action.loss == pytest.approx(smaller.loss, abs=1e-12)
     shares = case.rows(case.student_logits)[:, [2, 6]].softmax(-1)

@@ -241,17 +241,17 @@ def test_joined_parts_are_in_the_order_of_the_whole(
     assert torch.equal(join_parts(parts, len(values)), values)
 
 
-def test_a_selection_moves_the_bootstrap_rows_along() -> None:
+@pytest.mark.parametrize("chosen", [[0], [3], [5, 4, 3, 2, 1, 0], [2, 0]])
+def test_a_selection_moves_the_bootstrap_rows_along(chosen: list[int]) -> None:
     batch = labelled(5, (3, 2, 4, 0, 1, 2))
-    last = batch.input_ids.flatten()
-    for b in range(6):
-        (part, _) = select(batch, [b])
-        row = int(part.bootstrap_row[0])
-        old = int(batch.bootstrap_row[b])
-        assert (row < 0) == (old < 0)
-        if row >= 0:
-            assert part.input_ids.flatten()[row] == last[old]
-            assert row == part.input_ids.shape[1] - 1
+    part, _ = select(batch, chosen)
+    for place, b in enumerate(chosen):
+        row, old = int(part.bootstrap_row[place]), int(batch.bootstrap_row[b])
+        if old < 0:
+            assert row == -1
+        else:
+            assert row == place * part.input_ids.shape[1] + int(batch.lengths[b]) - 1
+            assert part.input_ids.flatten()[row] == batch.input_ids.flatten()[old]
 
 
 def test_a_batch_of_empty_responses_has_no_rows_and_splits_all_the_same() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from opd import catalog, methods
 from opd.errors import ConfigError
 from opd.head import log_probs_of
-from opd.models import LoadedModel
+from opd.models import LoadedModel, LoraSettings, load_model
 from opd.objective import Method
 from opd.rollout.local import LocalSampler
 from opd.rollout.pack import pack_rollout
@@ -33,7 +34,7 @@ from opd.types import (
     TeacherRequest,
     pack_rows,
 )
-from tests.models_zoo import EOS, FAMILIES, PAD, tiny
+from tests.models_zoo import EOS, FAMILIES, PAD, save_tiny, tiny
 
 PROMPTS = [Prompt(str(i), tuple(range(3, 6 + i)), "") for i in range(4)]
 SAMPLER = SamplerSettings(max_new_tokens=7)
@@ -142,6 +143,26 @@ def test_a_model_in_memory_can_answer_every_need(teacher: LoadedModel) -> None:
         for need in getattr(methods, name)().objective.needs
     )
     assert scorer.can(Need("reference", "top_ids", "own_top", 8))
+
+
+def test_the_student_at_step_zero_is_the_model_without_its_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    folder = save_tiny("llama", tmp_path / "base")
+    base = load_model(folder, device="cpu")
+    adapted = load_model(folder, device="cpu", lora=LoraSettings(r=2))
+    with torch.no_grad():
+        for parameter in Student(adapted).trainable().values():
+            parameter.add_(0.3)
+    request = TeacherRequest(packed(sampled(base)))
+    now, before, start = (
+        LocalTeacher(loaded, vocab_size=53, without_adapter=without).score(request).hidden
+        for loaded, without in ((adapted, False), (adapted, True), (base, False))
+    )
+    assert now is not None
+    assert before is not None
+    assert start is not None
+    assert (before - start).abs().max() <= 1e-5
+    assert (now - start).abs().max() > 1e-2
 
 
 # --------------------------------------------------------------------------------------------

@@ -143,7 +143,8 @@ class Kill:
     """A child's SIGKILL to itself, the moment before it touches a file.
 
     Attributes:
-        event: Python's audit event: `open`, `os.rename`, `os.mkdir`, ...; empty: any on a path.
+        event: Python's audit event: `open`, `os.rename`, `os.mkdir`, ...; empty: any on the path,
+            and any removal (of which Python says no more than the name in its folder).
         path: part of the path that is touched.
         count: at the how-manieth time.
         delay_s: so much later; 0: instead of touching it.
@@ -161,7 +162,8 @@ class Kill:
             nonlocal left
             if self.event and event != self.event:
                 return
-            if not any(isinstance(a, str) and self.path in a for a in arguments):
+            removal = not self.event and event in ("os.remove", "os.rmdir")
+            if not removal and not any(isinstance(a, str) and self.path in a for a in arguments):
                 return
             left -= 1
             if left == 0 and self.delay_s:

@@ -62,6 +62,7 @@ def _kill_at_every_file_operation(output: Path) -> None:
     before = RunFolder(output / "before")
     for step in (1, 2):
         save(before, student, step)
+    whole = files_in(before.checkpoints / "step-1")
     left: list[str] = []
     operations = 0
     while True:
@@ -79,6 +80,8 @@ def _kill_at_every_file_operation(output: Path) -> None:
             step = checkpoint.order[1]
             assert checkpoint.state["written_at"] == int(checkpoint.tensors()["step"]) == step
             restore_student(student, checkpoint.path / "student")
+        for path in folder.checkpoints.glob("[!.]*"):
+            assert files_in(path) == whole
         folder.clear_leftovers()
         assert not list(folder.path.rglob(".*"))
         shutil.rmtree(folder.path)
@@ -179,6 +182,10 @@ def test_weights_of_another_model_are_refused(other: Any, reason: str, tmp_path:
     save_student(tiny("llama"), tmp_path)
     with pytest.raises(ConfigError, match=f"is of another model: {re.escape(reason)}"):
         restore_student(other(), tmp_path)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def weights(loaded: LoadedModel) -> dict[str, torch.Tensor]:

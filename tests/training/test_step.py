@@ -219,6 +219,17 @@ def test_a_teacher_is_asked_for_what_the_objective_needs_and_no_more(
     assert (scored.token.views["teacher"].hidden is not None) is distribution
 
 
+def test_plain_numbers_are_asked_for_at_the_temperature_of_the_comparison() -> None:
+    warm = Objective(LOG_RATIO, temperature=0.7)
+    beside = Objective(LOG_RATIO, replace(REVERSE_KL, coef=0.0), temperature=0.7)
+    student, numbers, _, _ = prepared(Method(warm))
+    _, distribution, _, _ = prepared(Method(beside))
+    assert numbers.token.views["teacher"].hidden is None
+    assert distribution.token.views["teacher"].hidden is not None
+    one, two = (student(batch, warm).rows["log_ratio"] for batch in (numbers, distribution))
+    assert (one - two).abs().max() <= 1e-5
+
+
 class SaysLittle(Recorder):
     """A teacher that leaves the distribution out, whatever it was asked."""
 

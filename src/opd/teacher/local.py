@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from opd.fastpath import SMALL, FastModel, fold, response_states, why_not_folded
 from opd.head import log_probs_of
 from opd.head.linear import merged_tokens
 from opd.head.rows import likeliest
-from opd.models import LoadedModel, adapter_disabled, backbone, unembedding
+from opd.models import LoadedModel, adapter_disabled, unembedding
 from opd.rollout.pack import Part, join_parts, split
 from opd.types import Need, TeacherRequest, TeacherScores, Unembedding, pack_rows
 
@@ -43,6 +44,16 @@ class LocalTeacher:
         self.max_tokens = max_tokens
         self.without_adapter = without_adapter
 
+    @property
+    def path(self) -> str:
+        """`fast`, or `generic`: the model's own forward."""
+        return "fast" if why_not_folded(self.loaded.model) is None else "generic"
+
+    @property
+    def path_reason(self) -> str:
+        """Why `path` is what it is."""
+        return why_not_folded(self.loaded.model) or SMALL
+
     def can(self, need: Need) -> bool:
         """A model in memory can answer every need."""
         return True
@@ -54,8 +65,9 @@ class LocalTeacher:
         total = request.batch.row_index.shape[0]
         answers: dict[str, list[tuple[Tensor, Tensor]]] = {}
         with self._weights():
+            folded = fold(self.loaded.model)
             for part in split(request.batch, max_tokens=self.max_tokens):
-                for name, value in self._answer(part, request, head).items():
+                for name, value in self._answer(part, request, head, folded).items():
                     answers.setdefault(name, []).append((part.rows, value))
         return TeacherScores(
             **{name: join_parts(values, total) for name, values in answers.items()},
@@ -63,12 +75,11 @@ class LocalTeacher:
             provenance={"reference": self.loaded.reference},
         )
 
-    def _answer(self, part: Part, request: TeacherRequest, head: Unembedding) -> dict[str, Tensor]:
+    def _answer(
+        self, part: Part, request: TeacherRequest, head: Unembedding, folded: FastModel | None
+    ) -> dict[str, Tensor]:
         batch = part.batch
-        states = backbone(self.loaded.model)(
-            input_ids=batch.input_ids, use_cache=False, **batch.model_inputs
-        ).last_hidden_state
-        hidden = states.flatten(0, 1).index_select(0, batch.row_index)
+        hidden = response_states(self.loaded.model, batch, folded)
         if request.distribution:
             return {"hidden": hidden}
         log_probs = log_probs_of(
