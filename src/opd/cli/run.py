@@ -107,7 +107,7 @@ def _what_to_try(folder: Path, summary: Mapping[str, Any], file: str | None) -> 
     if gain is not None and gain <= 0:
         return f"no gain; try another learning rate: {again} --train.learning_rate VALUE"
     if file is None and summary["method"] == "reverse_kl_opd":
-        return f"see what changed: opd sample {folder}; or another method: {again} --method vopd"
+        return f"see what changed: opd sample {folder}; or another method: {again} --method gkd"
     return f"see what changed: opd sample {folder}"
 
 

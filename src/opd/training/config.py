@@ -95,6 +95,7 @@ class DataConfig:
         prompt_column, answer_column, response_column, messages_column: names of the columns.
         max_prompt_tokens: limit on a prompt, special tokens included.
         bad_prompts: what to do with longer and with empty prompts; skipped ones are counted.
+        dataset_split, dataset_subset: of a `datasets` folder or hub id.
         verifier: `auto` (the task's own, else `exact` where there are answers, else none),
             `none`, `task`, `exact`, `math-verify`, or `module:function`.
         chat_template_kwargs: passed to the tokenizer's chat template.
@@ -110,6 +111,8 @@ class DataConfig:
     messages_column: str = "messages"
     max_prompt_tokens: Positive = 4096
     bad_prompts: Literal["skip", "error"] = "skip"
+    dataset_split: str = "train"
+    dataset_subset: str = ""
     verifier: str = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -166,7 +169,8 @@ class OptimizerConfig:
         lr_warmup_steps: steps of linear warm-up from 0.
         decay: shape of the way from the peak to `final_share` of it at the last step.
         final_share: of the peak, at the last step.
-        betas, eps, weight_decay: of AdamW; decay is not applied to vectors.
+        betas, eps: of AdamW.
+        weight_decay: of AdamW; not applied to vectors.
         clip_norm: gradients are scaled down to this global norm; 0 never.
     """
 

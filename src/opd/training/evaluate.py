@@ -108,8 +108,7 @@ def decode_responses(rollout: Rollout, tokenizer: Any) -> list[str]:
     """Responses as text, without special tokens."""
     lengths = (rollout.provenance != Provenance.PADDING).sum(1).tolist()
     rows = [
-        tokens[:length]
-        for tokens, length in zip(rollout.tokens.tolist(), lengths, strict=True)
+        tokens[:length] for tokens, length in zip(rollout.tokens.tolist(), lengths, strict=True)
     ]
     decoded: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return decoded
@@ -159,7 +158,15 @@ def evaluate(
     )
     if samples and verifier:
         result = _with_samples(
-            result, sampler, prompts, verifier, tokenizer, greedy, generator, samples, ks,
+            result,
+            sampler,
+            prompts,
+            verifier,
+            tokenizer,
+            greedy,
+            generator,
+            samples,
+            ks,
             max_sequences,
         )
     return result

@@ -92,8 +92,8 @@ def open_session(
     method = method or build_method(run)
     student = student or load_student(run, device)
     loaded_teacher, scorer = _teacher(run, teacher, device, method)
-    vocab_size = check_same_vocabulary(student, loaded_teacher) if loaded_teacher else (
-        student.vocab_size
+    vocab_size = (
+        check_same_vocabulary(student, loaded_teacher) if loaded_teacher else (student.vocab_size)
     )
     merge_ids = _merge_ids(config, student, loaded_teacher)
     module = Student(student, vocab_size=vocab_size)
@@ -122,9 +122,7 @@ def open_session(
             name: load_set(run, source, student) for name, source in config.evaluate.sets.items()
         },
         verifier=chosen,
-        special_ids=tuple(
-            i for i in student.tokenizer.all_special_ids if i not in student.eos_ids
-        ),
+        special_ids=tuple(i for i in student.tokenizer.all_special_ids if i not in student.eos_ids),
         merge_ids=merge_ids,
         device=device,
     )
@@ -302,6 +300,8 @@ def prompt_settings(data: DataConfig, *, with_responses: bool) -> PromptSettings
         chat_template_kwargs=data.chat_template_kwargs,
         max_prompt_tokens=data.max_prompt_tokens,
         bad_prompts=data.bad_prompts,
+        dataset_split=data.dataset_split,
+        dataset_subset=data.dataset_subset or None,
     )
 
 
