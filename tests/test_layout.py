@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "spec": TOP | {"formula", "objective", "methods"},
     "head": TOP | {"formula", "objective"},
     # a built-in model reads and writes with the tokenizer of its task
-    "models": {"types", "errors", "data"},
+    "models": {"types", "errors", "formula", "data"},
     # another way through a backbone, for whoever runs one
     "fastpath": {"types", "errors", "models"},
     "student": TOP | {"formula", "objective", "head", "models", "fastpath"},

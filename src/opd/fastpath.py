@@ -31,8 +31,6 @@ __all__ = [
     "FOLD_BYTES",
     "SMALL",
     "FastModel",
-    "causal_attention",
-    "causal_bias",
     "fold",
     "response_states",
     "why_not_fast",
@@ -194,7 +192,7 @@ class _Heads(torch.autograd.Function):
         heads = torch.mm(unit, weight.T) if bias is None else torch.addmm(bias, unit, weight.T)
         turned, values = _split_heads(heads, turn)
         head_unit = head_length = None
-        if head_floor is not None:
+        if gain is not None and head_floor is not None:
             head_unit, head_length = _unit(turned, head_floor)
             turned = head_unit * gain
         ctx.has_bias = bias is not None
@@ -229,7 +227,7 @@ class _ShortAttention(torch.autograd.Function):
         query: Float[Tensor, "B L Hq D"],
         key: Float[Tensor, "B L Hkv D"],
         value: Float[Tensor, "B L Hkv D"],
-        bias: Float[Tensor, "BHkv_or_1 GL L"],
+        bias: Float[Tensor, "1 GL L"],
     ) -> Float[Tensor, "B L Hq D"]:
         ctx.query_shape, ctx.key_shape = query.shape, key.shape
         query, key, value = (_by_key_head(heads, ctx.key_shape[2]) for heads in (query, key, value))
@@ -328,7 +326,7 @@ def _split_heads(flat: Float[Tensor, "n HD"], turn: Tensor) -> tuple[Tensor, Ten
 
 def _rotate(heads: Float[Tensor, "*n D"], turn: Tensor) -> Float[Tensor, "*n D"]:
     """Interleaved heads times the complex factors of their pairs."""
-    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(heads.view(*heads.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turn).flatten(-2)
 
 
@@ -347,34 +345,28 @@ def _by_token(heads: Float[Tensor, "BHkv GL D"], shape: Sequence[int]) -> Float[
     return heads.view(batch, n_heads, length, head_dim).transpose(1, 2)
 
 
-def causal_bias(length: int, *, like: Tensor) -> Float[Tensor, "1 L L"]:
-    """-inf where the key comes after the query."""
+def _causal_bias(length: int, *, like: Tensor) -> Float[Tensor, "1 L L"] | None:
+    """-inf where the key comes after the query; None beyond `SHORT`."""
+    if length > SHORT:
+        return None
     return like.new_full((1, length, length), -math.inf).triu(1)
 
 
-def causal_attention(
+def _causal_attention(
     query: Float[Tensor, "B L Hq D"],
     key: Float[Tensor, "B L Hkv D"],
     value: Float[Tensor, "B L Hkv D"],
-    bias: Float[Tensor, "B_or_1 L L"] | None,
+    bias: Float[Tensor, "1 L L"] | None,
 ) -> Float[Tensor, "B L Hq D"]:
-    """Attention with a scale of 1; queries that share a key head are neighbours.
-
-    Args:
-        bias: added to the scores, `causal_bias` at least; None where it would be that and the
-            sequences are too long to write it out.
-    """
-    if bias is None:
-        swapped = (heads.transpose(1, 2) for heads in (query, key, value))
-        return functional.scaled_dot_product_attention(
-            *swapped, is_causal=True, scale=1.0, enable_gqa=query.shape[2] != key.shape[2]
-        ).transpose(1, 2)
-    n_key = key.shape[2]
-    if query.shape[2] != n_key:
-        bias = bias.repeat(1, query.shape[2] // n_key, 1)
-    if len(bias) > 1 and n_key > 1:
-        bias = bias.repeat_interleave(n_key, 0)
-    return cast(Tensor, _ShortAttention.apply(query, key, value, bias))
+    """Attention with a scale of 1; queries that share a key head are neighbours."""
+    if bias is not None:
+        shared = bias.repeat(1, query.shape[2] // key.shape[2], 1)
+        attended: Tensor = cast(Any, _ShortAttention).apply(query, key, value, shared)
+        return attended
+    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+    return functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=1.0, enable_gqa=True
+    ).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------
@@ -439,7 +431,8 @@ def _interleave(heads: Tensor, head_dim: int, axis: int) -> Tensor:
     Args:
         axis: where the heads are, >= 0; several heads may follow each other in it.
     """
-    pairs = heads.unflatten(axis, (-1, 2, head_dim // 2))
+    before, after = heads.shape[:axis], heads.shape[axis + 1 :]
+    pairs = heads.reshape(*before, -1, 2, head_dim // 2, *after)
     return pairs.transpose(axis + 1, axis + 2).flatten(axis, axis + 2)
 
 
@@ -544,7 +537,7 @@ class _Layer:
         """Queries with keys, and values, of whole sequences: `[B, L, heads, D]` each."""
         (qkv,), norm = self.qkv, self.head_norm
         gain, floor = (None, None) if norm is None else (norm.gain, norm.query.floor)
-        heads: tuple[Tensor, Tensor] = _Heads.apply(
+        heads: tuple[Tensor, Tensor] = cast(Any, _Heads).apply(
             x, qkv.weight.T, qkv.bias, gain, turn, self.attention_norm.floor, floor
         )
         return heads
@@ -552,7 +545,7 @@ class _Layer:
     def read_rest(self, x: Float[Tensor, "n H"], attended: Tensor) -> Float[Tensor, "n H"]:
         """What `close` does, with a gradient."""
         x = torch.addmm(x, attended, self.out.weight)
-        rest: Tensor = _FeedForward.apply(
+        rest: Tensor = cast(Any, _FeedForward).apply(
             x, self.gate_up[0].weight.T, self.down.weight.T, self.mlp_norm.floor
         )
         return rest
@@ -601,16 +594,16 @@ class FastModel:
         """
         length = ids.shape[1]
         turn = self.rotation(length)
-        bias = causal_bias(length, like=self.embedding) if length <= SHORT else None
+        bias = _causal_bias(length, like=self.embedding)
         x = functional.embedding(ids.flatten(), self.embedding)
         for layer in self.layers:
             queries_keys, values = layer.read_heads(x, turn)
-            queries, keys = queries_keys.split((self.n_query, self.n_key), 2)
-            attended = causal_attention(queries, keys, values, bias).reshape(len(x), -1)
+            queries, keys = queries_keys.split_with_sizes((self.n_query, self.n_key), 2)
+            attended = _causal_attention(queries, keys, values, bias).reshape(len(x), -1)
             if layer is self.layers[-1]:
                 x, attended = x.index_select(0, rows), attended.index_select(0, rows)
             x = layer.read_rest(x, attended)
-        unit: Tensor = _Unit.apply(x, self.norm.floor)
+        unit: Tensor = cast(Any, _Unit).apply(x, self.norm.floor)
         return unit * self.norm.gain
 
     def heads(

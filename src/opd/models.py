@@ -30,7 +30,6 @@ from huggingface_hub.errors import (
     NotASafetensorsRepoError,
     RepositoryNotFoundError,
 )
-from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -47,6 +46,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from opd.errors import ConfigError, nearest
+from opd.formula.numerics import project
 from opd.types import Unembedding
 
 if TYPE_CHECKING:
@@ -311,28 +311,6 @@ def unembedding(model: nn.Module, vocab_size: int) -> Unembedding:
         logit_scale=_logit_scale(config),
         soft_cap=_soft_cap(config),
     )
-
-
-def project(hidden: Float[Tensor, "*n H"], unembedding: Unembedding) -> Float[Tensor, "*n V"]:
-    """Logits of the real tokens, in float32 or wider.
-
-        logits = soft_cap(logit_scale * (hidden @ weight[:V].T + bias[:V]))
-        soft_cap(z) = c * tanh(z / c), or z where there is no cap
-
-    Half-precision operands are widened first, so that sums are accumulated and returned in
-    float32 on every device.
-    """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    weight = unembedding.weight[: unembedding.vocab_size].to(wide)
-    bias = unembedding.bias
-    if bias is not None:
-        bias = bias[: unembedding.vocab_size].to(wide)
-    logits = nn.functional.linear(hidden.to(wide), weight, bias)
-    if unembedding.logit_scale != 1.0:
-        logits = logits * unembedding.logit_scale
-    if unembedding.soft_cap is not None:
-        logits = torch.tanh(logits / unembedding.soft_cap) * unembedding.soft_cap
-    return logits
 
 
 # Attributes by which configs name a factor on the logits. Families agree on these.

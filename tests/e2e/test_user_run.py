@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from tests.models_zoo import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
 from opd.cli.main import main
+from tests.models_zoo import save_tiny
 
 RUN_FILE = """
 [student]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models_zoo import save_tiny
-from tests.training.runs import TINY
 
 from opd.training.config import Run, from_tree
 from opd.training.loop import StepReport, train_run
+from tests.models_zoo import save_tiny
+from tests.training.runs import TINY
 
 pytestmark = [
     pytest.mark.gpu,

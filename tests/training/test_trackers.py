@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sqlite3
 import subprocess
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.runs import TINY
 
 from opd.errors import ConfigError
 from opd.training.config import Run, from_tree
 from opd.training.loop import train_run
 from opd.training.trackers import Trackers
+from tests.training.runs import TINY
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -78,10 +79,14 @@ def test_wandb_writes_an_offline_run_into_the_run_folder(
     assert b"train/loss" in file.read_bytes()
 
 
-def test_a_tracker_that_is_not_installed_is_named_with_its_extra(
+def test_a_tracker_that_is_not_installed_is_named_with_its_extra_and_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = from_tree({**TINY, "output": str(tmp_path), "log": {"trackers": ["trackio"]}})
 
     with pytest.raises(ConfigError, match=r'pip install "opd\[trackio\]"'):
-        Trackers(["trackio"], tmp_path, {})
+        list(train_run(Run(config, tmp_path)))
+
+    assert not [*tmp_path.iterdir()]

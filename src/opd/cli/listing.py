@@ -75,7 +75,7 @@ def task_rows(_: Path) -> list[Row]:
 
 def run_rows(output: Path) -> list[Row]:
     """Run folders, oldest first."""
-    files = [*output.glob("*/config.toml")] if output.is_dir() else []
+    files = [*output.glob("[!.]*/config.toml")] if output.is_dir() else []
     return [_run_row(file.parent) for file in sorted(files, key=lambda f: f.stat().st_mtime)]
 
 
@@ -104,14 +104,13 @@ def _run_row(folder: Path) -> Row:
 
 def _draw_methods(rows: list[Row]) -> Table:
     summaries = catalog.methods()
-    made = table("method", "what it computes", "text by", "evidence", "formula from", "hash")
+    made = table("method", "what it computes", "text by", "evidence", "hash", whole=["hash"])
     for row in rows:
         made.add_row(
             row["name"],
             summaries[row["name"]].summary,
             row["variables"]["state source"],
             row["evidence"],
-            row["formula_source"],
             row["composition_hash"],
         )
     return made

@@ -33,8 +33,15 @@ def print_json(rows: Sequence[Mapping[str, Any]]) -> None:
     print(json.dumps(_plain(rows), indent=2, ensure_ascii=False))
 
 
-def table(*columns: str, title: str = "", right: Iterable[str] = ()) -> Table:
-    """An empty table in the house style; the columns in `right` hold numbers."""
+def table(
+    *columns: str, title: str = "", right: Iterable[str] = (), whole: Iterable[str] = ()
+) -> Table:
+    """An empty table in the house style.
+
+    Args:
+        right: columns that hold numbers.
+        whole: columns that are never folded; the first never is.
+    """
     made = Table(
         box=box.SIMPLE_HEAD,
         title=title or None,
@@ -44,7 +51,12 @@ def table(*columns: str, title: str = "", right: Iterable[str] = ()) -> Table:
         pad_edge=False,
     )
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(
+            column,
+            justify="right" if column in right else "left",
+            overflow="fold",
+            no_wrap=column == columns[0] or column in whole,
+        )
     return made
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opd import fastpath
-from opd.fastpath import FOLD_BYTES, SHORT, FastModel, causal_attention
+from opd.fastpath import FOLD_BYTES, FastModel
 from opd.models import project
 from opd.types import Unembedding
 
@@ -75,7 +75,7 @@ class FastDecoder:
         self._bias = None if even else self._padding_bias(padding[rows], width + room)
         at_once = max(1, PREFILL_TOKENS // width) if ids.device.type == "cpu" else len(ids)
         parts = [
-            self._read(ids[i : i + at_once], real[i : i + at_once])
+            self._read(ids[i : i + at_once], None if even else real[i : i + at_once])
             for i in range(0, len(ids), at_once)
         ]
         room = min(room, CACHE_ROOM)
@@ -116,29 +116,32 @@ class FastDecoder:
             by_row = self._bias.view(-1, self._model.n_key, *self._bias.shape[1:])
             self._bias = by_row[rows].flatten(0, 1)
 
-    def _read(self, ids: Int[Tensor, "U P"], real: Bool[Tensor, "U P"]) -> _Read:
+    def _read(self, ids: Int[Tensor, "U P"], real: Bool[Tensor, "U P"] | None) -> _Read:
         """The last token's hidden state of some prompts, and every layer's keys and values."""
-        model, heads_shape = self._model, (*ids.shape, -1, self._model.head_dim)
-        turn = self._turns.index_select(0, (real.cumsum(1) - 1).clamp_min(0).flatten())
-        mask = _prompt_mask(real)
-        bias = torch.zeros(mask.shape, device=ids.device).masked_fill_(~mask, -math.inf)
+        model, width = self._model, ids.shape[1]
+        if real is None:
+            mask, positions = None, torch.arange(width, device=ids.device).repeat(len(ids))
+        else:
+            mask, positions = _prompt_mask(real), (real.cumsum(1) - 1).clamp_min(0).flatten()
+        turn = self._turns.index_select(0, positions)
         x = functional.embedding(ids.flatten(), model.embedding)
         layers = []
         for layer in self._layers:
             query, key, value = (
-                heads.view(heads_shape) for heads in model.heads(layer, x, turn)
+                heads.view(-1, width, heads.shape[1], model.head_dim).transpose(1, 2)
+                for heads in model.heads(layer, x, turn)
             )
-            layers.append((key.transpose(1, 2), value.transpose(1, 2)))
-            if model.folded and ids.shape[1] <= SHORT:
-                attended = causal_attention(query, key, value, bias)
-            else:
-                attended = functional.scaled_dot_product_attention(
-                    *(heads.transpose(1, 2) for heads in (query, key, value)),
-                    attn_mask=mask[:, None],
-                    scale=model.scale,
-                    enable_gqa=True,
-                ).transpose(1, 2)
-            x = layer.close(x, attended.reshape(ids.numel(), -1))
+            layers.append((key, value))
+            attended = functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=model.scale,
+                enable_gqa=True,
+            )
+            x = layer.close(x, attended.transpose(1, 2).reshape(ids.numel(), -1))
         return _Read(x.view(*ids.shape, -1)[:, -1], layers)
 
     def _attend(
@@ -164,9 +167,7 @@ class FastDecoder:
             return project(normed, self._head)
         return torch.mm(normed, self._head)
 
-    def _padding_bias(
-        self, padding: Int[Tensor, " B"], capacity: int
-    ) -> Float[Tensor, "BHkv 1 C"]:
+    def _padding_bias(self, padding: Int[Tensor, " B"], capacity: int) -> Float[Tensor, "BHkv 1 C"]:
         """-inf on the columns of each row's padding."""
         columns = torch.arange(capacity, device=padding.device)
         bias = self._model.embedding.new_zeros(len(padding), 1, capacity)
@@ -207,12 +208,12 @@ def _fold_head(head: Unembedding, gain: Tensor) -> Float[Tensor, "H V"]:
     return (head.weight[: head.vocab_size] * gain).T.contiguous()
 
 
-def _prompt_mask(real: Bool[Tensor, "U P"]) -> Bool[Tensor, "U P P"]:
+def _prompt_mask(real: Bool[Tensor, "U P"]) -> Bool[Tensor, "U 1 P P"]:
     """Which keys a prompt token sees. Padding sees itself, because a row of -inf has no softmax."""
     width = real.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=real.device).tril()
     itself = torch.eye(width, dtype=torch.bool, device=real.device)
-    return (causal & real[:, None, :]) | itself
+    return ((causal & real[:, None, :]) | itself)[:, None]
 
 
 def left_padded(

@@ -71,7 +71,7 @@ class TeacherConfig:
 
     Attributes:
         dtype: `auto` is float32 on a CPU, where half precision is slower, and as stored elsewhere.
-        max_tokens: padded tokens per forward of the teacher.
+        max_tokens: padded tokens per forward of the teacher; 0 chooses, as in `[train]`.
     """
 
     model: str = ""
@@ -79,7 +79,7 @@ class TeacherConfig:
     revision: str = ""
     trust_remote_code: bool = False
     allow_pickle: bool = False
-    max_tokens: Positive = 16384
+    max_tokens: NonNegative = 0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -192,7 +192,8 @@ class TrainConfig(OptimizerConfig):
         steps: rollout batches.
         prompts_per_step: prompts in a rollout batch.
         updates_per_rollout: optimizer steps on each rollout batch.
-        max_tokens: padded tokens per micro-batch; bounds the memory, never the result.
+        max_tokens: padded tokens per micro-batch; bounds the memory, never the result. 0 chooses:
+            1,024 on a CPU, whose cache then holds what a layer works on, 16,384 elsewhere.
         save_every: steps between checkpoints; 0: at the end only.
         keep: newest checkpoints kept besides the best.
     """
@@ -200,7 +201,7 @@ class TrainConfig(OptimizerConfig):
     steps: NonNegative = 200
     prompts_per_step: Positive = 64
     updates_per_rollout: Positive = 1
-    max_tokens: Positive = 16384
+    max_tokens: NonNegative = 0
     save_every: NonNegative = 50
     keep: Positive = 2
 
@@ -359,6 +360,12 @@ def from_tree(tree: Mapping[str, Any], *, source: str = "<python>") -> RunConfig
     except ValidationError as error:
         raise ConfigError(_readable(error, source)) from None
     check_names(config, source)
+    lora, model = config.student.lora, config.student.model
+    if lora.r and not lora.merge and model.startswith("builtin:"):
+        raise ConfigError(
+            f"{source}: student.lora.merge = false writes the adapter alone, but {model} is drawn "
+            "at random, so its adapter would be worth nothing; leave merge = true"
+        )
     return config
 
 

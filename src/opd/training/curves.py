@@ -26,8 +26,10 @@ def draw_curves(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     )
     colours = (TEAL, AMBER, INK, GREY)
     for place, name in enumerate(losses):
-        _line(axes[1], train, name, name.removeprefix("loss/"), colours[place % 4])
-    axes[1].set_title("loss per token", loc="left", fontsize=10, color=INK)
+        label = name.removeprefix("loss/")
+        words = summary.get("terms", {}).get(label, label)
+        _line(axes[1], train, name, words, colours[place % 4])
+    axes[1].set_title("loss per token, nats", loc="left", fontsize=10, color=INK)
     if losses and all(_mean(event, losses[0]) > 0 for event in train):
         axes[1].set_yscale("log")
     _line(axes[2], train, "rollout/length", "length (tokens)", TEAL)

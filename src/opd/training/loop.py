@@ -45,6 +45,7 @@ from opd.training.reference import freeze_reference
 from opd.training.resume import FINISHED, last_checkpoint
 from opd.training.session import Phase, Session, open_session, sampler_settings
 from opd.training.sources import check_sources, copy_sources, find_sources
+from opd.training.trackers import Trackers
 from opd.types import Batch, Rollout, Stat
 
 INTERRUPTED = "interrupted"
@@ -123,12 +124,13 @@ def train_run(
     else:
         check_sources(folder, sources)
         folder.clear_leftovers()
-    trainer = _Trainer(session, folder)
+    trackers = Trackers(run.config.log.trackers, folder.path, json.loads(to_json(run.config)))
+    trainer = _Trainer(session, folder, trackers)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     else:
         folder.truncate({})
-    with _exit_reason(trainer):
+    with trackers, _exit_reason(trainer):
         with _finish_step_on_interrupt() as interrupted:
             for number, phase in enumerate(session.phases):
                 if number < trainer.progress.phase:
@@ -148,9 +150,10 @@ def train_run(
 class _Trainer:
     """One run in progress: its live parts, its folder and its state."""
 
-    def __init__(self, session: Session, folder: RunFolder) -> None:
+    def __init__(self, session: Session, folder: RunFolder, trackers: Trackers) -> None:
         self.session = session
         self.folder = folder
+        self.trackers = trackers
         self.progress = Progress()
         seed = session.config.seed
         self.stream = session.stream(seed)
@@ -240,7 +243,7 @@ class _Trainer:
     def step(self, phase: Phase) -> StepReport:
         """One rollout batch: sample, score, signal, update, measure."""
         session, progress, clock = self.session, self.progress, _Clock()
-        student, max_tokens = session.student, session.config.train.max_tokens
+        student, max_tokens = session.student, session.max_tokens
         method, progress.schedule = phase.method.at(progress.step, {}, progress.schedule)
         objective, plan = method.objective, phase.plan
 
@@ -327,8 +330,8 @@ class _Trainer:
         parameters = self.session.student.trainable()
         norm = clip(parameters, phase.optimizer.clip_norm)
         if not math.isfinite(norm):
-            max_tokens = self.session.config.train.max_tokens
-            term = steps.blame_gradient(self.session.student, batch, objective, max_tokens)
+            session = self.session
+            term = steps.blame_gradient(session.student, batch, objective, session.max_tokens)
             raise TrainingError(
                 f"step {self.progress.step + 1}: the gradient of {term} is not finite; it was not "
                 "applied, and the last checkpoint is intact. A formula of finite value can have a "
@@ -401,6 +404,7 @@ class _Trainer:
         clock.lap("evaluate")
         event = {"phase": phase.name, "step": 0, "evaluation": start}
         append_line(self.folder.events, event | {"seconds": clock.seconds})
+        self._track(phase, {}, validation)
         return StepReport(
             phase.name, 0, phase.steps, {}, clock.seconds, 0, self.folder.path, validation
         )
@@ -483,12 +487,20 @@ class _Trainer:
             "exit_reason": reason,
             "method": self.session.phases[-1].method.name,
             "composition_hash": self.session.phases[-1].method.composition_hash,
+            "terms": self._terms(),
             "best": self._best(),
             "sets": {"start": progress.start.get("sets", {}), "final": sets or {}},
             "notes": self.session.notes,
         }
         figures: dict[str, Any] = plain(summary)
         return figures
+
+    def _terms(self) -> dict[str, str]:
+        """What each term's loss is, by the label in metrics."""
+        return {
+            label: next(iter(term.slots()))[1].short_name.replace("_", " ")
+            for label, term in self.session.phases[-1].method.objective.labelled()
+        }
 
     def _best(self) -> dict[str, Any] | None:
         """The best validation, and its checkpoint where there is one (`save_every` > 0)."""
@@ -518,6 +530,7 @@ class _Trainer:
         if evaluation is not None:
             event["evaluation"] = {"validation": evaluation.accuracy.as_dict()}
         append_line(self.folder.events, event)
+        self._track(phase, metrics, evaluation)
         for row in range(min(self.session.config.log.samples_per_step, len(texts))):
             append_line(
                 self.folder.samples,
@@ -530,6 +543,16 @@ class _Trainer:
                     "stop_reason": rollout.stop_reason[row],
                 },
             )
+
+    def _track(
+        self, phase: Phase, metrics: Mapping[str, Stat], evaluation: Evaluation | None
+    ) -> None:
+        """Averages to the trackers, at a step counted over all phases."""
+        values = {f"{phase.name}/{name}": stat.mean for name, stat in metrics.items()}
+        if evaluation is not None and self.session.verifier:
+            values[f"{phase.name}/validation/accuracy"] = evaluation.accuracy.value
+        before = sum(earlier.steps for earlier in self.session.phases[: self.progress.phase])
+        self.trackers.log(values, before + self.progress.step)
 
 
 class _Clock:

@@ -12,7 +12,7 @@ from opd.head.linear import CHUNK_BYTES
 from opd.training.config import RunConfig
 from opd.training.facts import ModelFacts
 from opd.training.plan import reply_is_distribution
-from opd.training.session import Phase
+from opd.training.session import Phase, micro_batch_tokens
 
 # What a layer keeps for its backward pass, per token and hidden unit in a 16-bit dtype, when
 # attention matrices are not stored: measured on Qwen3 shapes. A plain GELU layer keeps 34
@@ -59,7 +59,7 @@ def memory_parts(
         prompt_tokens: of the longest prompt that is expected.
         device: where the run takes place.
     """
-    parts = _parts(config, phase, student, teacher, prompt_tokens)
+    parts = _parts(config, phase, student, teacher, prompt_tokens, device)
     if device.type != "cpu":
         return [*parts]
     return [MemoryPart("Python and PyTorch", INTERPRETER_BYTES, "before anything loads"), *parts]
@@ -96,6 +96,7 @@ def _parts(
     student: ModelFacts,
     teacher: ModelFacts | None,
     prompt_tokens: int,
+    device: torch.device,
 ) -> Iterator[MemoryPart]:
     trainable = trainable_parameters(config, student)
     sequences = phase.prompts_per_step * phase.plan.sampler.samples_per_prompt
@@ -103,7 +104,7 @@ def _parts(
     width = prompt_tokens + new_tokens
     evaluated = max(config.evaluate.prompts, config.evaluate.test_prompts)
     decoded = min(max(sequences, evaluated), config.sampler.max_sequences)
-    micro = min(config.train.max_tokens, sequences * width)
+    micro = min(micro_batch_tokens(config.train.max_tokens, device), sequences * width)
     yield MemoryPart(
         "student weights", student.bytes, f"{student.parameters:,} parameters, student.dtype"
     )

@@ -52,7 +52,10 @@ def freeze_reference(session: Session, folder: Path, *, at_start: bool) -> None:
             )
     for name in views:
         session.teachers[name] = LocalTeacher(
-            loaded, vocab_size=student.vocab_size, without_adapter=without_adapter
+            loaded,
+            vocab_size=student.vocab_size,
+            max_tokens=session.max_tokens,
+            without_adapter=without_adapter,
         )
 
 

@@ -1,8 +1,10 @@
-"""Writers besides the run folder's own: TensorBoard, Weights & Biases, trackio. Each is an extra."""
+"""TensorBoard, Weights & Biases and trackio, besides the run folder's own records; extras."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,8 +32,6 @@ class Trackers(AbstractContextManager["Trackers"]):
         folder: the run folder; TensorBoard's and W&B's files go into it.
         config: of the run, shown beside its curves.
 
-    Raises:
-        ConfigError: a tracker whose extra is not installed.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
@@ -54,9 +54,8 @@ class Trackers(AbstractContextManager["Trackers"]):
 
 class _TensorBoard:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        _import("tensorboard", extra="tensorboard")
-        writer: Any = importlib.import_module("torch.utils.tensorboard")
-        self._writer = writer.SummaryWriter(str(folder / "tensorboard"))
+        module: Any = importlib.import_module("torch.utils.tensorboard")
+        self._writer = module.SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -71,7 +70,7 @@ class _Wandb:
     """A resumed run continues under its own id."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        wandb = _import("wandb", extra="wandb")
+        wandb: Any = importlib.import_module("wandb")
         name = folder.resolve().name
         self._run = wandb.init(
             project=PROJECT,
@@ -91,7 +90,7 @@ class _Wandb:
 
 class _Trackio:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self._trackio = _import("trackio", extra="trackio")
+        self._trackio: Any = importlib.import_module("trackio")
         self._trackio.init(
             project=PROJECT, name=folder.resolve().name, config=dict(config), resume="allow"
         )
@@ -110,11 +109,15 @@ _TRACKERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
 }
 
 
-def _import(module: str, *, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ConfigError(
-            f'log.trackers names {extra!r}, which is not installed: pip install "opd[{extra}]", '
-            "or leave it out"
-        ) from None
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that is not installed, without importing any.
+
+    Raises:
+        ConfigError: names the extra that brings it.
+    """
+    for name in names:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"log.trackers names {name!r}, which is not installed: "
+                f'pip install "opd[{name}]", or leave it out'
+            )
