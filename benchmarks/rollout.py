@@ -4,23 +4,29 @@ Same weights, same prompts, temperature 1, no truncation. In the `forced` cases 
 early, so that everyone writes the same number of tokens; in the `ending` case responses end by
 themselves and the time is compared per token of a response.
 
-    python benchmarks/rollout.py [--quick] [--json FILE]
+    python benchmarks/rollout.py [--quick] [--json FILE] [--result FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from common import (
+    OURS,
+    Measure,
+    Row,
+    compare,
+    cpu_seconds,
+    interleaved,
+    one_thread,
+    parse_args,
+    report,
+)
 from opd.data.tasks import build_tokenizer
 from opd.models import LoadedModel
 from opd.rollout.local import LocalSampler
@@ -123,66 +129,33 @@ def theirs(model: Qwen3ForCausalLM, prompts: list[Prompt], case: Case) -> Run:
     return run
 
 
-def measure(systems: Mapping[str, Run], *, repeats: int) -> dict[str, tuple[float, float]]:
-    """CPU-seconds per run and tokens per CPU-second: medians over interleaved repeats."""
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    rates: dict[str, list[float]] = {name: [] for name in systems}
-    for run in systems.values():
-        run()
-    for _ in range(repeats):
-        for name, run in systems.items():
-            start = time.process_time()
-            tokens = run()
-            seconds[name].append(time.process_time() - start)
-            rates[name].append(tokens / seconds[name][-1])
-    return {n: (statistics.median(seconds[n]), statistics.median(rates[n])) for n in systems}
-
-
-def compare(case: Case, *, repeats: int) -> list[dict[str, Any]]:
-    """One row per system; `ratio` is its time per token over ours."""
+def rows_of(case: Case, *, repeats: int) -> list[Row]:
+    """One row per system."""
     model = build_model()
     prompts = build_prompts(case)
     systems = {
-        "opd": ours(model, prompts, case, fast=True),
+        OURS: ours(model, prompts, case, fast=True),
         "opd generic path": ours(model, prompts, case, fast=False),
         "transformers generate": theirs(model, prompts, case),
     }
-    measured = measure(systems, repeats=repeats)
-    our_rate = measured["opd"][1]
-    return [
-        {
-            "case": case.name,
-            "system": system,
-            "seconds": seconds,
-            "tokens_per_s": rate,
-            "peak_mb": None,
-            "grad_error": None,
-            "bytes_per_token": None,
-            "ratio": our_rate / rate,
-        }
-        for system, (seconds, rate) in measured.items()
-    ]
+    timed = {name: _timed(run) for name, run in systems.items()}
+    return compare(case.name, interleaved(timed, repeats, warm=True))
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'case':32}{'system':24}{'CPU-s':>9}{'tokens/s':>11}{'ratio':>8}")
-    for row in rows:
-        print(
-            f"{row['case']:32}{row['system']:24}{row['seconds']:9.4f}"
-            f"{row['tokens_per_s']:11.0f}{row['ratio']:8.2f}"
-        )
+def _timed(run: Run) -> Callable[[], Measure]:
+    def measure() -> Measure:
+        start = cpu_seconds()
+        tokens = run()
+        return Measure(cpu_seconds() - start, tokens)
+
+    return measure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats; within 45 s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = [row for case in CASES for row in compare(case, repeats=5 if arguments.quick else 25)]
-    show(rows)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    options = parse_args("Sampling speed of the local engine beside generate.")
+    one_thread()
+    repeats = 5 if options.quick else 25
+    report([row for case in CASES for row in rows_of(case, repeats=repeats)], options)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ MODULES = {
 }
 
 TOP = {"types", "errors", "fields", "schedule"}
-CORE = TOP | {"formula", "objective", "methods", "spec", "catalog"}
+CORE = TOP | {"user_code", "formula", "objective", "methods", "spec", "catalog"}
 PARTS = {"head", "models", "fastpath", "student", "data", "rollout", "teacher", "critic", "audit"}
 ALL_PARTS = CORE | PARTS
 
@@ -26,6 +26,7 @@ ALL_PARTS = CORE | PARTS
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
+    "user_code": {"errors"},
     "schedule": set(),
     "fields": set(),
     "catalog": set(),
@@ -33,14 +34,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objective": TOP | {"formula"},
     # the index of methods is made of their docstrings
     "methods": TOP | {"formula", "objective", "catalog"},
-    "spec": TOP | {"formula", "objective", "methods"},
+    "spec": TOP | {"formula", "objective", "methods", "user_code"},
     "head": TOP | {"formula", "objective"},
     # a built-in model reads and writes with the tokenizer of its task
     "models": {"types", "errors", "formula", "data"},
     # another way through a backbone, for whoever runs one
     "fastpath": {"types", "errors", "models"},
     "student": TOP | {"formula", "objective", "head", "models", "fastpath"},
-    "data": {"types", "errors"},
+    "data": {"types", "errors", "user_code"},
     # pack counts the rows of each kind, which the objective defines
     "rollout": {"types", "errors", "data", "models", "fastpath", "objective"},
     # a local teacher scores micro-batches, which pack cuts

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import sys
 import tomllib
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +17,10 @@ from opd.errors import ConfigError
 from opd.formula import credit, divergence, reward, support, surrogate, weight
 from opd.objective import Dense, Method, Objective, Sampled
 from opd.schedule import Cosine, Linear
-from opd.spec import method_from_tree, objective_to_tree, resolve_function, user_sources
+from opd.spec import method_from_tree, objective_to_tree, user_files
 from opd.training.config import from_tree, to_toml
 from opd.types import StateSource, TeacherView
+from opd.user_code import find_function
 
 REFERENCE = TeacherView("reference", "initial_student")
 
@@ -260,10 +263,28 @@ def test_a_users_own_formula_fills_a_slot_and_its_source_is_known(folder: Path) 
     again = method_from_tree("custom", objective=objective_to_tree(method.objective), base=folder)
     assert again == method
     assert again.composition_hash == method.composition_hash
-    ((file, digest),) = user_sources(method).items()
-    assert Path(file).name == "my_formulas_for_this_test.py"
-    assert len(digest) == 64
-    assert user_sources(methods.gkd()) == {}
+    assert user_files(method) == {folder / "my_formulas_for_this_test.py"}
+    assert user_files(methods.gkd()) == set()
+
+
+def test_a_users_formula_is_the_same_wherever_its_folder_lies(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "my_formulas_for_this_test.py").write_text(USER_CODE, encoding="utf-8")
+    here, there = (
+        method_from_tree("custom", objective=own("own_divergence"), base=base)
+        for base in (folder, other)
+    )
+    assert here == there
+    assert here.composition_hash == there.composition_hash
+
+
+def test_a_users_file_does_not_take_the_place_of_an_installed_module(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text(USER_CODE, encoding="utf-8")
+    tree = {"terms": [{"kind": "dense", "divergence": "json:own_divergence"}]}
+    method = method_from_tree("custom", objective=tree, base=tmp_path)
+    assert user_files(method) == {tmp_path / "json.py"}
+    assert sys.modules["json"] is json
 
 
 def test_a_users_mistakes_are_named(folder: Path) -> None:
@@ -275,9 +296,15 @@ def test_a_users_mistakes_are_named(folder: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             method_from_tree("custom", objective=objective, base=folder)
     with pytest.raises(ConfigError, match="write 'module:function'"):
-        resolve_function("own_divergence", folder)
-    with pytest.raises(ConfigError, match=r"cannot import 'no_such_module' from .* or sys\.path"):
-        resolve_function("no_such_module:f", folder)
-    (folder / "broken_for_this_test.py").write_text("def f(:\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="cannot import 'broken_for_this_test'"):
-        resolve_function("broken_for_this_test:f", folder)
+        find_function("own_divergence", folder)
+    with pytest.raises(ConfigError, match=r"no module 'no_such_module' in .* or on Python's path"):
+        find_function("no_such_module:f", folder)
+    for mistake in ("def f(:\n", "f = undefined\n"):
+        (folder / "broken_for_this_test.py").write_text(mistake, encoding="utf-8")
+        with pytest.raises(
+            ConfigError, match=r"'broken_for_this_test' cannot be imported: .*Error"
+        ):
+            find_function("broken_for_this_test:f", folder)
+    (folder / "constant_for_this_test.py").write_text("USER = 3\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"'USER' of .* is no function"):
+        find_function("constant_for_this_test:USER", folder)

@@ -102,12 +102,6 @@ def test_sampler_settings_outside_their_range_are_named(bad: dict[str, float]) -
         SamplerSettings(**bad)  # type: ignore[arg-type]
 
 
-def test_what_truncates_the_sampler() -> None:
-    assert not SamplerSettings(temperature=0.7).truncates
-    for settings in ({"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.0}):
-        assert SamplerSettings(**settings).truncates  # type: ignore[arg-type]
-
-
 @given(st.integers(0, 2**31), st.floats(0, 1))
 def test_packing_and_unpacking_are_inverse(seed: int, share: float) -> None:
     draw = torch.Generator().manual_seed(seed)

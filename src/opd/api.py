@@ -9,6 +9,7 @@ from typing import Any, cast, overload
 from torch import nn
 
 from opd import methods
+from opd.data.verifiers import verifier_of
 from opd.errors import ConfigError
 from opd.models import LoadedModel, resolve_device, wrap_model
 from opd.objective import Method
@@ -16,10 +17,12 @@ from opd.spec import objective_to_tree
 from opd.training.config import Run, from_tree, overridden
 from opd.training.loop import StepReport, train_run
 from opd.training.session import open_session
-from opd.types import Prompt, Teacher, Verdict, Verifier
+from opd.types import Teacher
 
 IN_MEMORY = "in-memory"
 """Stands in a resolved config for what was handed over as an object."""
+
+_DEFAULTS = ("reverse_kl_opd", "auto")
 
 Model = nn.Module | LoadedModel | str | Path
 Record = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -83,7 +86,8 @@ def train(
         ConfigError: a setting or a combination that cannot work; before anything is trained.
     """
     if isinstance(what, Run):
-        if teacher is not None or prompts is not None or settings:
+        given = (teacher, prompts, tokenizer, settings or None)
+        if any(part is not None for part in given) or (method, verifier) != _DEFAULTS:
             raise ConfigError(
                 "opd.train(run) takes its settings from the run; change them with "
                 "opd.load(path, ['--train.steps', '50'])"
@@ -108,7 +112,7 @@ def train(
         teacher=scorer,
         prompts=None if isinstance(prompts, str | Path) else _records(prompts, run),
         method=method if isinstance(method, Method) else None,
-        verifier=_verdicts_of(verifier) if callable(verifier) else None,
+        verifier=verifier_of(verifier, _named(verifier)) if callable(verifier) else None,
     )
     return train_run(run, resume=resume, session=session)
 
@@ -205,14 +209,8 @@ def _records(prompts: Sequence[Record], run: Run) -> list[Any]:
     ]
 
 
-def _verdicts_of(function: Callable[..., Any]) -> Verifier:
-    """A function of the user's that may answer with a boolean or a number."""
-
-    def verify(prompt: Prompt, response: str, *, finished: bool) -> Verdict:
-        answer = function(prompt, response, finished=finished)
-        return answer if isinstance(answer, Verdict) else Verdict(float(answer))
-
-    return verify
+def _named(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def _move(loaded: object, device: str) -> None:

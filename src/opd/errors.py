@@ -26,6 +26,12 @@ class TrainingError(OpdError, RuntimeError):
     """A run that had to stop: non-finite numbers, no memory, no disk."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: PyTorch's CPU allocator says so in a RuntimeError's words."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """` Did you mean 'x'?` for a close match, otherwise the list of valid names."""
     options = sorted(valid)

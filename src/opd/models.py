@@ -443,10 +443,16 @@ def _count_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ref
     return min(max(ids.values()) + 1, rows)
 
 
-def check_same_vocabulary(student: LoadedModel, teacher: LoadedModel) -> int:
+def check_same_vocabulary(
+    student: LoadedModel, teacher: LoadedModel, *, merge_stop_ids: bool = False
+) -> int:
     """The number of tokens the two share: the same id stands for the same string on both sides.
 
-    Embeddings may be padded to different sizes.
+    Embeddings may be padded to different sizes, and padding tokens may differ: masks follow
+    positions, so what stands in the padding is never compared.
+
+    Args:
+        merge_stop_ids: end tokens are compared as one action, so they may differ.
 
     Raises:
         ConfigError: names the first token that differs, or the special token that does.
@@ -454,7 +460,7 @@ def check_same_vocabulary(student: LoadedModel, teacher: LoadedModel) -> int:
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     if ours != theirs:
         raise ConfigError(_first_difference(student, teacher))
-    _check_special_tokens(student, teacher)
+    _check_special_tokens(student, teacher, merge_stop_ids)
     return min(student.vocab_size, teacher.vocab_size)
 
 
@@ -473,7 +479,10 @@ def _first_difference(student: LoadedModel, teacher: LoadedModel) -> str:
     )
 
 
-def _check_special_tokens(student: LoadedModel, teacher: LoadedModel) -> None:
+END = "end of sequence (eos)"
+
+
+def _check_special_tokens(student: LoadedModel, teacher: LoadedModel, merge_stop_ids: bool) -> None:
     def describe(loaded: LoadedModel, ids: tuple[int, ...]) -> str:
         tokens = loaded.tokenizer.convert_ids_to_tokens(list(ids))
         return ", ".join(f"{i} {t!r}" for i, t in zip(ids, tokens, strict=True)) or "none"
@@ -483,22 +492,22 @@ def _check_special_tokens(student: LoadedModel, teacher: LoadedModel) -> None:
         return () if value is None else (int(value),)
 
     pairs = {
-        "end of sequence (eos)": (student.eos_ids, teacher.eos_ids),
+        END: (student.eos_ids, teacher.eos_ids),
         "beginning of sequence (bos)": (
             of_tokenizer(student, "bos_token_id"),
             of_tokenizer(teacher, "bos_token_id"),
         ),
     }
-    pads = of_tokenizer(student, "pad_token_id"), of_tokenizer(teacher, "pad_token_id")
-    if all(pads):  # a side without one borrows its eos, which is no disagreement
-        pairs["padding (pad)"] = pads
+    if merge_stop_ids:
+        del pairs[END]
     for role, (ours, theirs) in pairs.items():
         if set(ours) != set(theirs):
+            merging = "set method.merge_stop_ids = true to compare all end tokens as one, or "
             raise ConfigError(
                 f"special tokens differ, {role}: {describe(student, ours)} for student "
                 f"{student.reference}, {describe(teacher, theirs)} for teacher "
-                f"{teacher.reference}; make the generation_config.json and "
-                "tokenizer_config.json of the two agree"
+                f"{teacher.reference}; {merging if role == END else ''}make the "
+                "generation_config.json and tokenizer_config.json of the two agree"
             )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -22,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from opd.errors import ConfigError, OpdError, is_out_of_memory
 from opd.fields import FIELDS, is_coupled, positional_names
 from opd.formula import credit as credits
 from opd.formula import reduce
@@ -208,7 +210,7 @@ class Objective:
     def __init__(self, *terms: Term, temperature: float = 1.0) -> None:
         if not terms:
             raise ValueError("an objective needs at least one term")
-        if not temperature > 0:
+        if not _is_number(temperature) or temperature <= 0:
             raise ValueError(f"the objective's temperature must be > 0, got {temperature}")
         object.__setattr__(self, "terms", tuple(terms))
         object.__setattr__(self, "temperature", float(temperature))
@@ -516,15 +518,37 @@ def _weighted(value: Tensor, term: Term, label: str, look_up: RowFields) -> Tens
             factor = look_up(FieldKey(f"coupled.weight.{label}.{place}"))
         else:
             factor = _call(bound, lambda name: look_up(term.key(name))).detach()
+        if factor.dim() and factor.shape != value.shape:
+            raise ConfigError(
+                f"weights: {bound.name} returned the shape {list(factor.shape)} for "
+                f"{list(value.shape)} tokens; return one number per token"
+            )
         value = torch.where(factor == 0, 0.0, value * factor)
     if isinstance(term.coef, Schedule):
         raise TypeError(f"the coef of {label!r} is a schedule; settle it with Method.at(step, ...)")
     return value * term.coef if term.coef != 1.0 else value
 
 
-def _call(slot: Slot, look_up: Callable[[str], Tensor]) -> Any:
+def _call(slot: Slot, look_up: Callable[[str], Tensor]) -> Tensor:
+    """The formula's answer; whatever goes wrong inside it is told as the formula's fault."""
     bound = Bound.of(slot)
-    return bound(*(look_up(name) for name in positional_names(bound.function)))
+    arguments = [look_up(name) for name in positional_names(bound.function)]
+    try:
+        result = bound(*arguments)
+    except Exception as error:  # a user's function may raise anything
+        if isinstance(error, OpdError) or is_out_of_memory(error):
+            raise
+        raise ConfigError(f"{_shown(bound)} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(result, Tensor):
+        raise ConfigError(
+            f"{_shown(bound)} returned {result!r}; it must return a tensor, one number per token"
+        )
+    return result
+
+
+def _shown(bound: Bound) -> str:
+    knobs = ", ".join(f"{key}={value!r}" for key, value in bound.knobs)
+    return f"the formula {bound.name}" + (f" with {knobs}" if knobs else "")
 
 
 # --------------------------------------------------------------------------------------------
@@ -577,8 +601,17 @@ def _check_term(term: Term) -> None:
         raise ValueError(
             f"against must be 'teacher', 'reference' or 'teacher.NAME', got {term.against!r}"
         )
-    if not isinstance(term.coef, int | float | Schedule):
-        raise ValueError(f"coef must be a number or a schedule, got {term.coef!r}")
+    if not isinstance(term.coef, Schedule) and not _is_number(term.coef):
+        raise ValueError(f"coef must be a finite number or a schedule, got {term.coef!r}")
+    if not isinstance(term.name, str):
+        raise ValueError(f"name must be a text, got {term.name!r}")
+    k = dict(Bound.of(term.support).knobs).get("k", 1)
+    if not isinstance(k, Schedule) and not (isinstance(k, int) and k >= 1):
+        raise ValueError(f"a support's k must be a whole number >= 1, got {k!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _check_tail(term: Term) -> None:

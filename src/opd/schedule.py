@@ -36,7 +36,7 @@ class Linear:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
+        _check(self.start, self.end, self.steps)
 
     def at(self, step: int, stats: Mapping[str, Any], state: object) -> tuple[float, object]:
         share = min(step / self.steps, 1.0)
@@ -55,7 +55,7 @@ class Cosine:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
+        _check(self.start, self.end, self.steps)
 
     def at(self, step: int, stats: Mapping[str, Any], state: object) -> tuple[float, object]:
         share = min(step / self.steps, 1.0)
@@ -65,6 +65,9 @@ class Cosine:
         return min(self.start, self.end), max(self.start, self.end)
 
 
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"a schedule needs steps >= 1, got {steps}")
+def _check(start: float, end: float, steps: int) -> None:
+    for name, value in (("start", start), ("end", end)):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"a schedule's {name} must be a finite number, got {value!r}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"a schedule needs steps >= 1, got {steps!r}")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -19,6 +15,7 @@ from opd.formula import credit, divergence, reward, support, surrogate, weight
 from opd.objective import Dense, Method, Objective, Sampled, Term
 from opd.schedule import Schedule
 from opd.types import Bound, StateSource, TeacherView
+from opd.user_code import find_function
 
 T = TypeVar("T")
 
@@ -61,6 +58,8 @@ def method_from_tree(
         knobs = {
             key: _knob(value, f"method.options.{key}") for key, value in (options or {}).items()
         }
+        for key, knob in knobs.items():
+            _check_kind(function, key, knob)
         made: Method = _guarded(function, f"method {name}", **knobs)
         return made
     table = dict(objective or {})
@@ -71,10 +70,19 @@ def method_from_tree(
         raise ConfigError(
             f"method.objective: unknown key {key!r}. {nearest(key, ['terms', 'temperature'])}"
         )
+    if not isinstance(terms, list | tuple):
+        raise ConfigError(
+            f"method.objective.terms = {terms!r}: write each term as a table, "
+            "[[method.objective.terms]]"
+        )
     parsed = [
         _term(term, f"method.objective.terms[{place}]", base) for place, term in enumerate(terms)
     ]
     built = _guarded(Objective, "method.objective", *parsed, temperature=temperature)
+    for writer in states or {}:
+        writers = [item.name for item in fields(StateSource)]
+        if writer not in writers:
+            raise ConfigError(f"method.states: unknown key {writer!r}. {nearest(writer, writers)}")
     source = _guarded(StateSource, "method.states", **(states or {}))
     views = built.views() | ({"teacher"} if source.teacher else set())
     return Method(built, source, tuple(_view(view) for view in sorted(views)))
@@ -88,53 +96,14 @@ def objective_to_tree(objective: Objective) -> dict[str, Any]:
     }
 
 
-def user_sources(method: Method) -> dict[str, str]:
-    """Source file and SHA-256 of every function that is not the library's own, by name."""
-    found = {}
-    for term in method.objective.terms:
-        for _, bound in term.slots():
-            if not bound.name.startswith("opd."):
-                file = inspect.getsourcefile(bound.function) or ""
-                digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
-                found[file] = digest
-    return found
-
-
-def resolve_function(name: str, base: Path | None = None) -> Callable[..., Any]:
-    """`module:function`, looked up in the run file's folder first, then on `sys.path`."""
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        raise ConfigError(f"{name!r} is no function; write 'module:function'")
-    file = (base or Path()) / (module_name.replace(".", "/") + ".py")
-    try:
-        module = _module_from(file, module_name) if file.exists() else None
-        module = module or importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
-        raise ConfigError(
-            f"{name!r}: cannot import {module_name!r} from {base or Path.cwd()} or sys.path: "
-            f"{error}"
-        ) from None
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value)]
-        raise ConfigError(
-            f"{name!r}: {module_name} has no function {attribute!r}. {nearest(attribute, names)}"
-        )
-    resolved: Callable[..., Any] = function
-    return resolved
+def user_files(method: Method) -> set[Path]:
+    """Files of the functions that are not the library's own."""
+    slots = [slot for term in method.objective.terms for _, slot in term.slots()]
+    own = [bound.function for bound in slots if not bound.name.startswith("opd.")]
+    return {Path(file) for function in own if (file := inspect.getsourcefile(function))}
 
 
 # --------------------------------------------------------------------------------------------
-
-
-def _module_from(file: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"cannot load {file}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _term(tree: Any, path: str, base: Path | None) -> Term:
@@ -159,6 +128,9 @@ def _term(tree: Any, path: str, base: Path | None) -> Term:
             arguments[key] = _slot(key, value, f"{path}.{key}", base)
         else:
             arguments[key] = _knob(value, f"{path}.{key}")
+    for item in fields(TERMS[kind]):
+        if item.default is MISSING and item.name not in arguments:
+            raise ConfigError(f"{path}: a {kind} term needs {item.name!r}")
     made: Term = _guarded(constructor, path, **arguments)
     return made
 
@@ -169,7 +141,7 @@ def _slot(slot: str, value: Any, path: str, base: Path | None) -> Bound:
     if not isinstance(name, str):
         raise ConfigError(f"{path}: name a function with `use`, got {value!r}")
     if ":" in name:
-        function = resolve_function(name, base)
+        function = find_function(name, base or Path())
     else:
         exported: list[str] = SLOTS[slot].__all__
         if name not in exported:
@@ -194,6 +166,8 @@ def _slot(slot: str, value: Any, path: str, base: Path | None) -> Bound:
         raise ConfigError(f"{path}: {name} needs {', '.join(map(repr, required))}")
     knobs = {key: _knob(knob, f"{path}.{key}") for key, knob in table.items()}
     bound = Bound.of(function)
+    if ":" in name:  # a function of the run's folder is the same wherever the folder lies
+        bound = replace(bound, name=name.replace(":", "."))
     return bound.with_knobs(**knobs)
 
 
@@ -210,6 +184,15 @@ def _knob(value: Any, path: str) -> Any:
                 raise ConfigError(f"{path}: {name} has no option {key!r}. {nearest(key, known)}")
         return _guarded(kinds[name], path, **table)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _check_kind(function: Callable[..., Any], option: str, value: Any) -> None:
+    """Refuse a text where the default is a number; the method itself knows the range."""
+    parameter = inspect.signature(function).parameters.get(option)
+    default = parameter.default if parameter else None
+    numeric = isinstance(default, int | float) and not isinstance(default, bool)
+    if numeric and not isinstance(value, int | float | Schedule):
+        raise ConfigError(f"method.options.{option} = {value!r} must be a number")
 
 
 def _view(name: str) -> TeacherView:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from opd.fastpath import SMALL, fold, response_states, why_not_folded
+from opd.fastpath import SMALL, response_states, why_generic
 from opd.head import linear_head
 from opd.models import LoadedModel, unembedding
 from opd.objective import Objective
@@ -38,12 +38,12 @@ class Student(nn.Module):
     @property
     def path(self) -> str:
         """`fast`, or `generic`: the model's own forward."""
-        return "fast" if why_not_folded(self.model) is None else "generic"
+        return "fast" if why_generic(self.model) is None else "generic"
 
     @property
     def path_reason(self) -> str:
         """Why `path` is what it is."""
-        return why_not_folded(self.model) or SMALL
+        return why_generic(self.model) or SMALL
 
     def train(self, mode: bool = True) -> Student:
         """Stays in evaluation mode: dropout would make the student differ from its sampler."""
@@ -67,7 +67,7 @@ class Student(nn.Module):
         """
         with torch.set_grad_enabled(objective is not None and torch.is_grad_enabled()):
             out = linear_head(
-                response_states(self.model, batch, fold(self.model)),
+                response_states(self.model, batch),
                 unembedding(self.model, self.vocab_size),
                 batch,
                 objective,

@@ -19,8 +19,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-EMPTY: Mapping[str, Any] = MappingProxyType({})
-
 
 class Provenance(IntEnum):
     """Who chose a token."""
@@ -258,11 +256,6 @@ class SamplerSettings:
             if not good:
                 raise ValueError(f"sampler.{name} must be {rule}, got {getattr(self, name)}")
 
-    @property
-    def truncates(self) -> bool:
-        """True where some tokens can never be sampled, so the sampler is not the student."""
-        return self.top_p < 1 or self.top_k > 0 or self.temperature == 0
-
 
 STOP_REASONS = ("eos", "stop_string", "length")
 
@@ -366,6 +359,11 @@ class TeacherScores:
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **picked)
+
+    def row_counts(self) -> tuple[int, ...]:
+        """For how many rows each field that is there holds an answer."""
+        values = (getattr(self, name) for name in _TEACHER_ROW_FIELDS)
+        return tuple(value.shape[0] for value in values if value is not None)
 
 
 _TEACHER_ROW_FIELDS = (

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import opd
-from opd.errors import ConfigError
+from opd.errors import ConfigError, DataError, TeacherError
 from opd.formula import divergence
 from opd.methods import vopd
-from opd.models import LoadedModel, load_model
+from opd.models import LoadedModel, LoraSettings, load_model
 from opd.objective import Dense, Method, Objective
 from opd.teacher.local import LocalTeacher
-from opd.types import Prompt
+from opd.types import Prompt, TeacherRequest, TeacherScores, TeacherView
 from tests.cli.conftest import SETTINGS
 
 PROMPTS: list[Any] = ["S4312:", {"prompt": "S2019:"}, "S7777:", "S8123:", "S1221:"]
@@ -163,3 +163,108 @@ def test_a_verifier_of_the_users_sees_prompt_response_and_whether_it_ended(
     assert last.summary is not None
     assert {text for text, _, _ in seen} <= {"S4312:", "S2019:", "S7777:", "S8123:", "S1221:"}
     assert last.summary["final_accuracy"]["value"] == 0.5
+
+
+def quiet_settings(folder: Path, name: str) -> dict[str, Any]:
+    return {**SHORT, "output": str(folder), "name": name, "device": "cpu"}
+
+
+def test_the_reference_of_an_adapter_in_hand_is_the_student_with_it(tmp_path: Path) -> None:
+    """The adapter has been trained before: switching it off would not give the student back."""
+    student = load_model("builtin:sort-student", lora=LoraSettings(r=2))
+    with torch.no_grad():
+        for name, weight in student.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0.0, 0.5)
+    term = Dense(divergence=divergence.reverse_kl, against="reference")
+    method = Method(Objective(term), views=(TeacherView("reference", "initial_student"),))
+    reports = list(
+        opd.train(student, None, PROMPTS, method=method, **quiet_settings(tmp_path, "lora"))
+    )
+    assert abs(reports[1].metrics["loss/dense"].mean) < 1e-6
+
+
+def test_a_student_without_a_weight_to_train_is_refused(
+    teacher: LoadedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="no weight that can be trained: all are frozen"):
+        list(opd.train(teacher, teacher, PROMPTS, **quiet_settings(tmp_path, "frozen")))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [(lambda: 5.0, "returned 5.0 for prompt"), (lambda: 1 / 0, "ZeroDivisionError")],
+)
+def test_a_verifier_in_hand_that_gives_no_score_is_named(
+    answer: Any, message: str, student: LoadedModel, teacher: LoadedModel, tmp_path: Path
+) -> None:
+    def judge(prompt: Prompt, response: str, *, finished: bool) -> float:
+        return float(answer())
+
+    with pytest.raises(DataError, match=f"verifier .*judge .*{message}"):
+        list(
+            opd.train(
+                student, teacher, PROMPTS, verifier=judge, **quiet_settings(tmp_path, "judged")
+            )
+        )
+
+
+def test_a_run_takes_no_further_arguments() -> None:
+    for further in ({"method": "vopd"}, {"verifier": "none"}, {"tokenizer": object()}):
+        with pytest.raises(ConfigError, match="takes its settings from the run"):
+            opd.train(opd.load(), **further)  # type: ignore[call-overload]
+
+
+class Answering:
+    """A teacher with a fixed way of answering."""
+
+    def __init__(self, scores: Any) -> None:
+        self._scores = scores
+
+    def can(self, need: object) -> bool:
+        return True
+
+    def score(self, request: TeacherRequest) -> TeacherScores:
+        reply: TeacherScores = self._scores(request.batch.row_index.shape[0])
+        return reply
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda n: TeacherScores(hidden=torch.zeros(n, 4)), "without the unembedding"),
+        (lambda n: TeacherScores(log_probs=torch.zeros(n - 1, 53)), r"rows, but was asked for \d+"),
+        (lambda n: TeacherScores(log_probs=torch.zeros(n, 60)), "60 tokens, but 53 are compared"),
+    ],
+)
+def test_a_reply_that_cannot_be_read_is_an_error_of_the_teacher(
+    scores: Any, message: str, student: LoadedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(TeacherError, match=message):
+        list(
+            opd.train(student, Answering(scores), PROMPTS, **quiet_settings(tmp_path, "answering"))
+        )
+
+
+def halved(extra_level: Any) -> Any:
+    return 0.5 * extra_level
+
+
+def test_a_column_of_the_data_reaches_a_formula(student: LoadedModel, tmp_path: Path) -> None:
+    def losses(name: str, *weights: Any, **column: Any) -> float:
+        records = [{"prompt": prompt, **column} for prompt in ("S43:", "S20:", "S77:", "S81:")]
+        term = Dense(divergence=divergence.reverse_kl, weights=weights)
+        reports = list(
+            opd.train(
+                load_model("builtin:sort-student"),
+                load_model("builtin:sort-teacher"),
+                records,
+                method=Method(Objective(term)),
+                **quiet_settings(tmp_path, name),
+            )
+        )
+        return reports[1].metrics["loss/dense"].mean
+
+    assert losses("weighted", halved, level=0.5) == pytest.approx(0.25 * losses("plain"))
+    with pytest.raises(DataError, match=r"extra_level, so the column 'level' must hold a number"):
+        losses("missing", halved, levle=0.5)

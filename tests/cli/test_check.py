@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ import torch
 from opd.cli.main import main
 from opd.models import memory_estimate
 from opd.training.check import Finding, check, examine
-from opd.training.config import Run, load
+from opd.training.config import DataConfig, Run, load
+from opd.training.session import prompt_settings
 from tests.models_zoo import save_tiny
 
 Written = Callable[..., Run]
@@ -189,3 +192,20 @@ def test_checking_leaves_the_random_state_alone() -> None:
     before = torch.random.get_rng_state()
     check(load())
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_what_the_run_file_says_of_records_is_how_they_are_read() -> None:
+    changed: dict[str, Any] = {
+        "prompt_column": "q",
+        "messages_column": "m",
+        "answer_column": "a",
+        "response_column": "r",
+        "max_prompt_tokens": 7,
+        "bad_prompts": "error",
+        "as_chat": True,
+        "dataset_split": "s",
+        "dataset_subset": "u",
+        "chat_template_kwargs": {"style": "brief"},
+    }
+    read = prompt_settings(DataConfig(prompts="x.jsonl", **changed), with_responses=False)
+    assert dataclasses.asdict(read) == {**changed, "with_responses": False}

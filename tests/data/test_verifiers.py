@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import sys
 import textwrap
 from collections.abc import Callable
@@ -10,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from opd.data.prompts import task_prompts
-from opd.data.verifiers import resolve_verifier, verifier_source
+from opd.data.verifiers import resolve_verifier, verifier_file
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt, Verdict
 
@@ -232,9 +231,7 @@ def test_a_module_on_pythons_path_is_found(
     path = write(body, "site/opd_test_installed.py")
     monkeypatch.syspath_prepend(path.parent)
     assert judge("opd_test_installed:judge", tmp_path) == Verdict(1.0)
-    source = verifier_source("opd_test_installed:judge", tmp_path)
-    assert source is not None
-    assert source.path == path
+    assert verifier_file("opd_test_installed:judge", tmp_path) == path
 
 
 @pytest.mark.parametrize(
@@ -255,23 +252,18 @@ def test_what_cannot_be_resolved_says_why(
         resolve_verifier(spec, base_folder=tmp_path)
 
 
-def test_the_source_of_a_users_verifier_is_named_and_hashed_without_running_it(
+def test_the_file_of_a_users_verifier_is_named_without_running_it(
     write: Write, tmp_path: Path
 ) -> None:
     path = write("1 / 0\n")
-    source = verifier_source("mine:judge", tmp_path)
-    assert source is not None
-    assert source.path == path
-    assert source.sha256 == hashlib.sha256(b"1 / 0\n").hexdigest()
-    path.write_text("2 / 0\n")
-    assert verifier_source("mine:judge", tmp_path) != source
+    assert verifier_file("mine:judge", tmp_path) == path
 
 
 @pytest.mark.parametrize("spec", ["task", "exact", "math-verify"])
 def test_a_built_in_verifier_has_no_source_to_copy(spec: str, tmp_path: Path) -> None:
-    assert verifier_source(spec, tmp_path) is None
+    assert verifier_file(spec, tmp_path) is None
 
 
 def test_a_module_without_a_file_cannot_be_copied(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="module 'sys' is not a file that could be copied"):
-        verifier_source("sys:exit", tmp_path)
+        verifier_file("sys:exit", tmp_path)

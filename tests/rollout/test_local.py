@@ -461,6 +461,13 @@ def test_model_inputs_reach_the_model_and_the_record() -> None:
     assert not torch.equal(
         rollout.sampler_logp, sample(loaded, plain, max_new_tokens=1).sampler_logp
     )
+    as_read = [
+        replace(
+            prompt, model_inputs={"token_type_ids": inputs.model_inputs["token_type_ids"].tolist()}
+        )
+        for prompt, inputs in zip(plain, typed, strict=True)
+    ]
+    assert torch.equal(rollout.sampler_logp, sample(loaded, as_read, max_new_tokens=1).sampler_logp)
     with pytest.raises(DataError, match="token_type_ids"):
         sample(loaded, [typed[0], plain[1]])
     with pytest.raises(ConfigError, match="fast=False"):

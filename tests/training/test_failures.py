@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from opd.errors import DataError, TrainingError
+from opd.errors import ConfigError, DataError, TrainingError
 from opd.training.checkpoint import find_checkpoints
 from opd.training.config import Run
 from opd.training.folder import RunFolder
@@ -72,7 +72,7 @@ def run_with(run: Run, *, after_step_2: Callable[[], object]) -> None:
         ("infinite", TrainingError, "step 3: the term 'wild' is not finite on"),
         ("steep", TrainingError, "step 3: the gradient of the term 'wild' is not finite"),
         ("judge", DataError, "LookupError"),
-        ("faulty", ZeroDivisionError, "division by zero"),
+        ("faulty", ConfigError, "formulas.faulty failed: ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_run_that_fails_says_why_and_goes_on_when_it_is_mended(

@@ -13,7 +13,8 @@ from opd.data.tasks import find_task
 from opd.errors import ConfigError
 from opd.training.checkpoint import find_checkpoints
 from opd.training.folder import RunFolder
-from opd.training.loop import train_run
+from opd.training.loop import LEFT, train_run
+from opd.types import Stat
 from tests.training.runs import abandon, finish, outcome, tiny_run
 
 WARMUP = {"warmup": {"steps": 2, "prompts_per_step": 4}}
@@ -64,6 +65,23 @@ def test_an_event_per_step_holds_sums_counts_and_timings(tmp_path: Path) -> None
     tokens = [event["tokens"] for event in events if "tokens" in event]
     assert tokens == sorted(tokens)
     assert events[2]["evaluation"]["student"].keys() == SCORE
+
+
+def test_a_caller_who_leaves_early_finds_the_reason_in_the_summary(tmp_path: Path) -> None:
+    abandon(tiny_run(tmp_path), 2)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["exit_reason"] == LEFT
+    assert summary["final_accuracy"] is None
+
+
+def test_the_accuracy_of_rollouts_is_that_of_the_students_own_text(tmp_path: Path) -> None:
+    """The data's responses are all right, and an untrained student's are not."""
+    mixed = {"method": {"name": "gkd", "options": {"student_share": 0.5}}}
+    reports = finish(tiny_run(tmp_path, mixed))
+    for report in reports[1:5]:
+        assert report.metrics["rollout/accuracy"] == Stat(0.0, 2.0)
+        assert report.metrics["rollout/truncated"].count == 2
+        assert report.metrics["rollout/length"].count == 4
 
 
 def test_evaluating_changes_nothing_in_a_run(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +79,27 @@ def run_rows(output: Path) -> list[Row]:
     return [_run_row(file.parent) for file in sorted(files, key=lambda f: f.stat().st_mtime)]
 
 
+def _read(file: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
+    """A table of a file; empty where it is not there or damaged, for a list must show the rest."""
+    try:
+        found = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _run_row(folder: Path) -> Row:
-    config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    summary: Mapping[str, Any] = {}
-    if (folder / "summary.json").exists():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    config = _read(folder / "config.toml", tomllib.loads)
+    summary = _read(folder / "summary.json", json.loads)
     scores = {
         who: (summary.get(f"{who}_accuracy") or {}).get("value")
         for who in ("start", "final", "teacher")
     }
     return {
         "folder": str(folder),
-        "method": config["method"]["name"],
-        "student": config["student"]["model"],
-        "state": summary.get("exit_reason", "unfinished"),
+        "method": config.get("method", {}).get("name", "-"),
+        "student": config.get("student", {}).get("model", "-"),
+        "state": summary.get("exit_reason", "unfinished" if config else "config.toml unreadable"),
         "start_accuracy": scores["start"],
         "final_accuracy": scores["final"],
         "teacher_accuracy": scores["teacher"],

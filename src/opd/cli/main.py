@@ -88,8 +88,9 @@ class Parser(argparse.ArgumentParser):
             valid = [*self.flags]
             if self.overrides:
                 valid += [f"--{key}" for key in (*PLAIN_KEYS, *SECTIONS)]
+            hint = _nearest_key(unknown[0]) if self.overrides else ""
             raise ConfigError(
-                f"{self.prog} has no option {unknown[0]!r}. {nearest(unknown[0], valid)}"
+                f"{self.prog} has no option {unknown[0]!r}. {hint or nearest(unknown[0], valid)}"
                 if unknown[0].startswith("-")
                 else f"{self.prog} takes no further argument, got {unknown[0]!r}"
             )
@@ -98,6 +99,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def _nearest_key(word: str) -> str:
+    """For a section alone and for a key without its section: how it is written; else empty."""
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    if name in SECTIONS:
+        return f"It is a section; its keys are written --{name}.KEY VALUE."
+    from opd.training.config import dotted_keys
+
+    keys = [f"--{key}" for key in dotted_keys() if key.rpartition(".")[2] == name]
+    return f"Did you mean {' or '.join(keys)}?" if keys else ""
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -25,7 +25,13 @@ def console(*, stderr: bool = False) -> Console:
     width = None
     if not stream.isatty() and "COLUMNS" not in os.environ:
         width = PLAIN_WIDTH
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+    return _Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line, which ends quietly when its reader has gone."""
+        raise BrokenPipeError
 
 
 def print_json(rows: Sequence[Mapping[str, Any]]) -> None:

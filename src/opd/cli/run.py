@@ -53,7 +53,8 @@ def main(arguments: Namespace) -> int:
     if arguments.json:
         print_json([{"folder": str(report.folder), **report.summary}])
     else:
-        print_outcome(screen, report.folder, report.summary, arguments.file)
+        again = f"{resume} --name NEW" if resume else arguments.file
+        print_outcome(screen, report.folder, report.summary, again)
     return 0
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opd.data.chat import encode_pairs
+from opd.data.chat import Ids, encode_pairs, encode_prompts
 from opd.data.records import encode_records
 from opd.data.settings import PromptSettings
 from opd.data.sources import read_records
-from opd.data.tasks import Example, Task, find_task, text_hash
+from opd.data.tasks import Example, Task, answer_of, find_task, text_hash
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
 
@@ -48,8 +48,8 @@ class PromptSet:
         skipped_empty: records left out because their prompt was empty.
         skipped_long: records left out because their prompt was longer than allowed.
         skipped_repeated: of a held-out set: records left out because their text was there already.
-        generate: of an endless source: `count` prompts from (seed, position, count), a function of
-            its arguments alone.
+        generate: of an endless source: `count` prompts from (seed, position, count, with their
+            responses), a function of its arguments alone.
     """
 
     source: str
@@ -57,7 +57,7 @@ class PromptSet:
     skipped_empty: int = 0
     skipped_long: int = 0
     skipped_repeated: int = 0
-    generate: Callable[[int, int, int], list[Prompt]] | None = None
+    generate: Callable[[int, int, int, bool], list[Prompt]] | None = None
 
     @property
     def size(self) -> int | None:
@@ -86,7 +86,8 @@ class PromptSet:
         if sum(held_out) >= len(first_record) and any(held_out):
             raise ConfigError(
                 f"{sum(held_out)} prompts are to be held out, but {self.source} has only "
-                f"{len(first_record)} distinct prompts; hold out fewer"
+                f"{len(first_record)} distinct prompts; lower data.held_out, or name a source of "
+                "their own with data.validation"
             )
         by_hash = iter(sorted(first_record, key=text_hash))
         chosen = [{next(by_hash) for _ in range(count)} for count in held_out]
@@ -126,16 +127,15 @@ class PromptStream:
         self.seed = seed
         self.position = 0
 
-    @property
-    def epoch(self) -> float:
-        """Passes over a finite set so far; 0 for an endless one."""
-        return self.position / self.prompt_set.size if self.prompt_set.size else 0.0
+    def take(self, count: int, *, with_responses: bool = True) -> list[Prompt]:
+        """The next `count` prompts.
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts."""
+        Args:
+            with_responses: False spares an endless source encoding responses that nobody reads.
+        """
         start, self.position = self.position, self.position + count
         if self.prompt_set.generate is not None:
-            return self.prompt_set.generate(self.seed, start, count)
+            return self.prompt_set.generate(self.seed, start, count, with_responses)
         return [self._at(position) for position in range(start, start + count)]
 
     def state(self) -> dict[str, int | str]:
@@ -270,10 +270,10 @@ def task_prompts(
         examples = task.prompts(split, count=count, seed=seed)
         return PromptSet(source, tuple(_encode_examples(task, examples, tokenizer, eos_ids)))
 
-    def generate(seed: int, start: int, count: int) -> list[Prompt]:
+    def generate(seed: int, start: int, count: int, with_responses: bool) -> list[Prompt]:
         indices = range(start, start + count)
         examples = [task.item(split, seed=seed, index=index) for index in indices]
-        return _encode_examples(task, examples, tokenizer, eos_ids)
+        return _encode_examples(task, examples, tokenizer, eos_ids, with_responses=with_responses)
 
     return PromptSet(source, generate=generate)
 
@@ -283,19 +283,25 @@ def _encode_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: Collection[int],
+    *,
+    with_responses: bool = True,
 ) -> list[Prompt]:
     texts = [example.prompt for example in examples]
-    solutions = [example.solution for example in examples]
-    prompt_ids, response_ids = encode_pairs(texts, solutions, tokenizer, eos_ids=eos_ids)
+    responses: Sequence[Ids | None]
+    if with_responses:
+        solutions = [example.solution for example in examples]
+        prompt_ids, responses = encode_pairs(texts, solutions, tokenizer, eos_ids=eos_ids)
+    else:
+        prompt_ids, responses = encode_prompts(texts, tokenizer), [None] * len(texts)
     return [
         Prompt(
-            id=f"{task.name}/{text}",
+            id=f"{task.name}/{example.prompt}",
             prompt_ids=ids,
-            text=text,
-            answer=task.answer(text),
+            text=example.prompt,
+            answer=answer_of(example.solution),
             response_ids=response,
-            response_mask=(True,) * len(response),
+            response_mask=None if response is None else (True,) * len(response),
             columns={TASK_COLUMN: task.name},
         )
-        for text, ids, response in zip(texts, prompt_ids, response_ids, strict=True)
+        for example, ids, response in zip(examples, prompt_ids, responses, strict=True)
     ]

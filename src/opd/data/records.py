@@ -270,7 +270,7 @@ def _plain_response(draft: _Draft) -> str:
     if not isinstance(draft.response, str):
         raise DataError(
             "the response is a list of messages, but the prompt is plain text; "
-            "give both as text or both as messages, or set as_chat"
+            "give both as text or both as messages, or set data.as_chat = true"
         )
     return draft.response
 

@@ -139,7 +139,7 @@ class Task:
 
     def answer(self, prompt_text: str) -> str:
         """What must follow the last `>`."""
-        return self.solve(prompt_text).rpartition(ANSWER_MARK)[2]
+        return answer_of(self.solve(prompt_text))
 
     def verify(self, prompt_text: str, response_text: str, *, finished: bool) -> Verdict:
         """1 if the response ended by itself and what follows its last `>` is the answer.
@@ -161,6 +161,11 @@ class Task:
         """Whether the text before the last `>` is the worked solution's, whatever follows it."""
         trace, mark, _ = response_text.rpartition(ANSWER_MARK)
         return bool(mark) and trace == self.solve(prompt_text).rpartition(ANSWER_MARK)[0]
+
+
+def answer_of(solution: str) -> str:
+    """What follows the last `>` of a text."""
+    return solution.rpartition(ANSWER_MARK)[2]
 
 
 def find_task(name: str) -> Task:

@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from opd.formula.divergence import student_entropy
 from opd.formula.numerics import project
 from opd.head.rows import ChunkFields, likeliest
 from opd.objective import Objective, token_field
@@ -178,7 +177,8 @@ class _Visit:
             chosen = self._factors[label][rows] != 0
             stats[f"loss/{label}"] = _stat(value, chosen)
         by_products = {f"loss/{label}": value.detach() for label, value in losses.items()}
-        by_products["student_entropy"] = student_entropy(log_probs.detach())
+        # the formula's value in two passes over memory; it has no gradient to keep finite
+        by_products["student_entropy"] = torch.special.entr(log_probs.detach().exp()).sum(-1)
         student_rows = look_up(FieldKey("provenance")) == int(Provenance.STUDENT)
         stats["student/entropy"] = _stat(by_products["student_entropy"], student_rows)
         teacher_logp = FieldKey("teacher_logp", "teacher")

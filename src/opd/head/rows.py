@@ -133,7 +133,13 @@ class ChunkFields:
                     "returns one, or a support that it can answer"
                 )
             with torch.no_grad():
-                self._whole[view] = self._project_view(scores)
+                whole = self._project_view(scores)
+            if whole.shape[-1] != self._student.shape[-1]:
+                raise TeacherError(
+                    f"the view {view!r} returned a distribution over {whole.shape[-1]} tokens, but "
+                    f"{self._student.shape[-1]} are compared; use a teacher of the same vocabulary"
+                )
+            self._whole[view] = whole
         return self._whole[view]
 
     def _scores(self, view: str) -> TeacherScores:

@@ -24,9 +24,10 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 
-from opd.errors import ConfigError, DataError, TrainingError
+from opd.errors import ConfigError, DataError, TrainingError, is_out_of_memory
 from opd.models import LoadedModel, backbone, project, unembedding
 from opd.rollout.fast import FastDecoder, left_padded, why_not_fast, widened
+from opd.rollout.pack import join_model_inputs
 from opd.types import STOP_REASONS, Prompt, Provenance, Rollout, SamplerSettings
 
 __all__ = ["LocalSampler"]
@@ -251,19 +252,8 @@ class _Batch:
             rows=tuple(i * repeats + sample for i in indices for sample in range(repeats)),
             unique=tuple(prompt.prompt_ids for prompt in chosen),
             unique_of=tuple(unique_of),
-            model_inputs=_join_inputs(chosen),
+            model_inputs=join_model_inputs([prompt.model_inputs for prompt in chosen]),
         )
-
-
-def _join_inputs(prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
-    names = {name for prompt in prompts for name in prompt.model_inputs}
-    for prompt in prompts:
-        if missing := sorted(names - set(prompt.model_inputs)):
-            raise DataError(
-                f"prompt {prompt.id!r} has no model input {missing[0]!r}, but others in its batch "
-                "do; give it to every prompt of a batch or to none"
-            )
-    return {name: torch.cat([prompt.model_inputs[name] for prompt in prompts]) for name in names}
 
 
 def _check_prompts(prompts: Sequence[Prompt]) -> None:
@@ -570,8 +560,8 @@ def _memory_advice(prompts: Sequence[Prompt], settings: SamplerSettings) -> Iter
     """Turns running out of memory into an error that names the knobs."""
     try:
         yield
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         longest = max(len(prompt.prompt_ids) for prompt in prompts)
         raise TrainingError(
@@ -580,8 +570,3 @@ def _memory_advice(prompts: Sequence[Prompt], settings: SamplerSettings) -> Iter
             f"{settings.max_new_tokens} tokens; lower the number of prompts per step, "
             "sampler.samples_per_prompt or sampler.max_new_tokens"
         ) from error
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # the CPU allocator raises a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

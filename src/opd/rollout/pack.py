@@ -44,17 +44,19 @@ def pack_rollout(
         (len(prompt) + int(n) for prompt, n in zip(rollout.prompt_ids, lengths, strict=True)),
         default=1,
     )
-    input_ids = torch.full((len(rollout.prompt_ids), longest), pad_id, dtype=torch.long)
-    first_row = torch.zeros(len(rollout.prompt_ids), dtype=torch.long)
+    written = rollout.tokens.tolist()
+    sequences = []
     for b, (prompt, length) in enumerate(zip(rollout.prompt_ids, lengths.tolist(), strict=True)):
         if not prompt:
             raise DataError(
                 f"sequence {b} has an empty prompt: nothing predicts its first token; "
                 "add a beginning-of-text token or a prompt"
             )
-        input_ids[b, : len(prompt)] = torch.tensor(prompt)
-        input_ids[b, len(prompt) : len(prompt) + length] = rollout.tokens[b, :length]
-        first_row[b] = b * longest + len(prompt) - 1
+        unused = longest - len(prompt) - length
+        sequences.append([*prompt, *written[b][:length], *([pad_id] * unused)])
+    input_ids = torch.tensor(sequences, dtype=torch.long).reshape(-1, longest)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in rollout.prompt_ids], dtype=torch.long)
+    first_row = torch.arange(len(sequences)) * longest + prompt_lengths - 1
     positions = first_row.unsqueeze(1) + torch.arange(rollout.tokens.shape[1])
     special = torch.isin(rollout.tokens, torch.tensor(list(special_ids), dtype=torch.long))
     ended = torch.tensor([reason != "length" for reason in rollout.stop_reason], dtype=torch.bool)
@@ -70,7 +72,7 @@ def pack_rollout(
     )
     batch = Batch(
         input_ids=input_ids,
-        lengths=first_row - torch.arange(len(first_row)) * longest + 1 + lengths,
+        lengths=prompt_lengths + lengths,
         row_index=positions[rollout.mask],
         bootstrap_row=torch.where(ended, -1, first_row + lengths),
         counts=count_rows(token),
@@ -132,8 +134,8 @@ def select(batch: Batch, sequences: Sequence[int]) -> Part:
     new_length = int(batch.lengths[picked].max()) if len(sequences) else 1
     width = int((token.provenance[picked] != Provenance.PADDING).sum(1).max()) if sequences else 0
 
-    row_of = torch.full(token.mask.shape, -1, dtype=torch.long, device=device)
-    row_of[token.mask] = torch.arange(batch.row_index.shape[0], device=device)
+    # the place of a row among all: rows of the sequences before it, then of its own before it
+    row_of = token.mask.flatten().cumsum(0).view(token.mask.shape) - 1
     mask = token.mask[picked, :width]
     rows = row_of[picked, :width][mask]
     offset = torch.arange(len(sequences), device=device) * new_length - picked * old_length

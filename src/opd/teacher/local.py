@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from opd.fastpath import SMALL, FastModel, fold, response_states, why_not_folded
+from opd.fastpath import SMALL, response_states, why_generic
 from opd.head import log_probs_of
 from opd.head.linear import merged_tokens
 from opd.head.rows import likeliest
@@ -47,12 +47,12 @@ class LocalTeacher:
     @property
     def path(self) -> str:
         """`fast`, or `generic`: the model's own forward."""
-        return "fast" if why_not_folded(self.loaded.model) is None else "generic"
+        return "fast" if why_generic(self.loaded.model) is None else "generic"
 
     @property
     def path_reason(self) -> str:
         """Why `path` is what it is."""
-        return why_not_folded(self.loaded.model) or SMALL
+        return why_generic(self.loaded.model) or SMALL
 
     def can(self, need: Need) -> bool:
         """A model in memory can answer every need."""
@@ -65,9 +65,8 @@ class LocalTeacher:
         total = request.batch.row_index.shape[0]
         answers: dict[str, list[tuple[Tensor, Tensor]]] = {}
         with self._weights():
-            folded = fold(self.loaded.model)
             for part in split(request.batch, max_tokens=self.max_tokens):
-                for name, value in self._answer(part, request, head, folded).items():
+                for name, value in self._answer(part, request, head).items():
                     answers.setdefault(name, []).append((part.rows, value))
         return TeacherScores(
             **{name: join_parts(values, total) for name, values in answers.items()},
@@ -75,11 +74,9 @@ class LocalTeacher:
             provenance={"reference": self.loaded.reference},
         )
 
-    def _answer(
-        self, part: Part, request: TeacherRequest, head: Unembedding, folded: FastModel | None
-    ) -> dict[str, Tensor]:
+    def _answer(self, part: Part, request: TeacherRequest, head: Unembedding) -> dict[str, Tensor]:
         batch = part.batch
-        hidden = response_states(self.loaded.model, batch, folded)
+        hidden = response_states(self.loaded.model, batch)
         if request.distribution:
             return {"hidden": hidden}
         log_probs = log_probs_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import shutil
@@ -28,7 +29,15 @@ from opd.training.memory import (
     memory_parts,
     trainable_parameters,
 )
-from opd.training.session import Phase, build_method, find_verifier, make_phases, prompt_settings
+from opd.training.session import (
+    Phase,
+    build_method,
+    check_positions,
+    find_verifier,
+    make_phases,
+    prompt_settings,
+)
+from opd.training.step import extra_columns
 
 Level = Literal["error", "note"]
 T = TypeVar("T")
@@ -156,7 +165,11 @@ class _Checker:
         )
 
     def pair(self, student: ModelFacts, teacher: ModelFacts) -> None:
-        self.attempt("teacher.model", lambda: check_same_vocabulary(student.hollow, teacher.hollow))
+        merged = self.run.config.method.merge_stop_ids
+        self.attempt(
+            "teacher.model",
+            lambda: check_same_vocabulary(student.hollow, teacher.hollow, merge_stop_ids=merged),
+        )
         if student.hollow.reference == teacher.hollow.reference:
             self.note("teacher.model", "teacher and student are the same model: nothing to learn")
 
@@ -216,7 +229,7 @@ class _Checker:
             self.source(where, text, student, False) for where, text in others.items() if text
         ]
         if train:
-            self.training_prompts(train, responses)
+            self.training_prompts(train, phases, responses)
         self.verifier(train)
         return max((sample.longest for sample in samples if sample), default=0)
 
@@ -238,7 +251,7 @@ class _Checker:
             return None
         endless = load_prompts(text, tokenizer=student.hollow.tokenizer)
         assert endless.generate is not None
-        some = tuple(endless.generate(0, 0, 64))
+        some = tuple(endless.generate(0, 0, 64, True))
         return _Sample(PromptSet(text, some, generate=endless.generate), False)
 
     def _records(
@@ -271,11 +284,14 @@ class _Checker:
             self.error(where, f"no prompt that could be used in {text}")
         return _Sample(seen, complete)
 
-    def training_prompts(self, train: _Sample, responses: bool) -> None:
+    def training_prompts(self, train: _Sample, phases: tuple[Phase, ...], responses: bool) -> None:
         config = self.run.config
         prompts = train.prompts
         if prompts.generate is None and train.complete and not config.data.validation:
             self.attempt("data.held_out", lambda: prompts.split(config.data.held_out))
+        for phase in phases:
+            columns = functools.partial(extra_columns, prompts.prompts, phase.method.objective)
+            self.attempt("data.prompts", columns)
         missing = [prompt.id for prompt in prompts.prompts if not prompt.response_ids]
         if responses and missing:
             self.error(
@@ -291,7 +307,8 @@ class _Checker:
             return  # the prompts decide, and they could not be read
         prompts = train.prompts if train else PromptSet(config.data.prompts)
         found = self.attempt("data.verifier", lambda: find_verifier(self.run, prompts))
-        if found is None and config.data.verifier in ("auto", "none"):
+        failed = any(finding.where == "data.verifier" for finding in self.findings)
+        if found is None and not failed:
             self.note("data.verifier", "no verifier: accuracy will not be measured")
         if found is not None and prompts.prompts:
             verify, prompt = found, prompts.prompts[0]
@@ -305,16 +322,10 @@ class _Checker:
         limit, new = student.positions, config.sampler.max_new_tokens
         if limit is None:
             return
-        if longest + new > limit:
-            self.error(
-                "sampler.max_new_tokens",
-                f"prompts of up to {longest} tokens and responses of up to {new} are more than "
-                f"the {limit} positions of the student; lower max_new_tokens to {limit - longest}"
-                if longest < limit
-                else f"prompts of up to {longest} tokens do not fit into the {limit} positions of "
-                "the student; set data.max_prompt_tokens",
-            )
-        elif config.data.max_prompt_tokens + new > limit and not _is_task(config.data.prompts):
+        self.attempt("sampler.max_new_tokens", lambda: check_positions(limit, longest, new))
+        fits = longest + new <= limit
+        room = config.data.max_prompt_tokens + new <= limit or _is_task(config.data.prompts)
+        if fits and not room:
             self.note(
                 "data.max_prompt_tokens",
                 f"the student has {limit} positions: with max_new_tokens = {new} a prompt may "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,10 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Any]:
         """Optimizer state and states of the random generators."""
-        loaded: dict[str, Any] = torch.load(self.path / TENSORS, weights_only=True)
+        try:
+            loaded: dict[str, Any] = torch.load(self.path / TENSORS, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise _damaged(self.path, TENSORS) from error
         return loaded
 
 
@@ -86,8 +90,12 @@ def find_checkpoints(folder: RunFolder) -> list[Checkpoint]:
     for path in folder.checkpoints.glob("[!.]*"):
         state_file = path / STATE
         if state_file.exists():
-            state = json.loads(state_file.read_text(encoding="utf-8"))
-            found.append(Checkpoint(path, (state["order"][0], state["order"][1]), state))
+            try:
+                state = json.loads(state_file.read_text(encoding="utf-8"))
+                order = (state["order"][0], state["order"][1])
+            except (ValueError, KeyError, TypeError) as error:
+                raise _damaged(path, STATE) from error
+            found.append(Checkpoint(path, order, state))
     return sorted(found, key=lambda checkpoint: checkpoint.order)
 
 
@@ -144,6 +152,13 @@ def _adapter_weights(loaded: LoadedModel) -> dict[str, torch.Tensor]:
 
     model = cast(Any, loaded.model)
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def _damaged(checkpoint: Path, file: str) -> ConfigError:
+    return ConfigError(
+        f"{checkpoint}: its {file} cannot be read; remove this folder to continue from the "
+        "checkpoint before"
+    )
 
 
 def _of_another_model(folder: Path, reason: str) -> ConfigError:

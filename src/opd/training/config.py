@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import difflib
 import json
 import tomllib
@@ -21,8 +22,13 @@ STRICT = ConfigDict(extra="forbid")
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+# What a generator of PyTorch takes, with room for what is added to a seed.
+Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -38,7 +44,7 @@ class LoraConfig:
     """
 
     r: NonNegative = 0
-    alpha: float = 32.0
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     target_modules: tuple[str, ...] = ()
     merge: bool = True
 
@@ -96,6 +102,7 @@ class DataConfig:
         max_prompt_tokens: limit on a prompt, special tokens included.
         bad_prompts: what to do with longer and with empty prompts; skipped ones are counted.
         dataset_split, dataset_subset: of a `datasets` folder or hub id.
+        as_chat: put a plain prompt into one user message, so that the chat template applies.
         verifier: `auto` (the task's own, else `exact` where there are answers, else none),
             `none`, `task`, `exact`, `math-verify`, or `module:function`.
         chat_template_kwargs: passed to the tokenizer's chat template.
@@ -113,6 +120,7 @@ class DataConfig:
     bad_prompts: Literal["skip", "error"] = "skip"
     dataset_split: str = "train"
     dataset_subset: str = ""
+    as_chat: bool = False
     verifier: str = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -136,7 +144,7 @@ class SamplerConfig:
     temperature: Rate = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: NonNegative = 0
-    stop: tuple[str, ...] = ()
+    stop: tuple[Text, ...] = ()
     samples_per_prompt: Positive = 1
     max_sequences: Positive = 256
 
@@ -156,7 +164,7 @@ class MethodConfig:
     name: str = "reverse_kl_opd"
     options: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
-    states: dict[str, float] = field(default_factory=dict)
+    states: dict[str, Finite] = field(default_factory=dict)
     merge_stop_ids: bool = False
 
 
@@ -178,8 +186,8 @@ class OptimizerConfig:
     lr_warmup_steps: NonNegative = 5
     decay: Literal["constant", "linear", "cosine"] = "linear"
     final_share: Share = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     weight_decay: Rate = 0.0
     clip_norm: Rate = 1.0
 
@@ -263,7 +271,7 @@ class RunConfig:
 
     Attributes:
         name: of the run folder; empty: the source of the prompts and the next free number.
-        output: folder that holds run folders.
+        output: folder that holds run folders; a relative one starts where the command is given.
         seed: of everything random.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         threads: CPU threads; 0 leaves the choice to PyTorch. With 1, equal settings give
@@ -281,7 +289,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     name: str = ""
     output: str = "runs"
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     threads: NonNegative = 0
 
@@ -321,7 +329,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Run:
             file = file / "config.toml"
         base = file.resolve().parent
     tree = read_toml(file)
-    base = Path(tree.pop("paths", {}).get("base_folder", base))
+    base = Path(_base_folder(tree.pop("paths", {}), file) or base)
     label = "the embedded default" if path is None else str(file)
     tree = overridden(tree, parse_overrides(overrides), source="command line")
     return Run(from_tree(tree, source=label), base, label)
@@ -354,9 +362,11 @@ def from_tree(tree: Mapping[str, Any], *, source: str = "<python>") -> RunConfig
     if isinstance(tree.get("method"), str):
         tree["method"] = {"name": tree["method"]}
     _check_keys(tree, RunConfig, "", source)
-    tree = _with_dependent_defaults(tree)
+    _check_plain(tree, "", source)
+    adapter = TypeAdapter(RunConfig)
     try:
-        config = TypeAdapter(RunConfig).validate_python(tree)
+        adapter.validate_python(tree)  # as given first: no message about a default that follows
+        config = adapter.validate_python(_with_dependent_defaults(tree))
     except ValidationError as error:
         raise ConfigError(_readable(error, source)) from None
     check_names(config, source)
@@ -410,7 +420,7 @@ def read_toml(file: Path) -> dict[str, Any]:
         hint = f"Did you mean {close[0]!r}?" if close else "`opd init` writes one that works."
         raise ConfigError(f"there is no run file {str(file)!r}. {hint}")
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
 
@@ -428,8 +438,19 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} has no value; write --{key} VALUE")
             value = rest.pop(0)
-        pairs.append((key.replace("-", "_"), _literal(value)))
+        name = key.replace("-", "_")
+        read = _literal(value)
+        pairs.append((name, value if _takes_text(name) and not isinstance(read, str) else read))
     return pairs
+
+
+def dotted_keys(kind: Any = RunConfig, path: str = "") -> list[str]:
+    """Every key of a run file, as on the command line."""
+    keys = []
+    for name, below in get_type_hints(kind).items():
+        dotted = f"{path}.{name}" if path else name
+        keys += dotted_keys(below, dotted) if dataclasses.is_dataclass(below) else [dotted]
+    return keys
 
 
 def to_toml(config: RunConfig) -> str:
@@ -445,6 +466,41 @@ def to_json(config: RunConfig) -> str:
 # --------------------------------------------------------------------------------------------
 
 
+def _base_folder(paths: Any, file: Path) -> str:
+    """Where the relative paths of a run folder's config start; empty in any other run file."""
+    folder = paths.get("base_folder", "") if isinstance(paths, Mapping) else paths
+    if not isinstance(folder, str):
+        raise ConfigError(
+            f"{file}: paths = {paths!r}: `base_folder` in [paths] is the folder in which relative "
+            "paths start; leave the table out"
+        )
+    return folder
+
+
+def _takes_text(dotted: str) -> bool:
+    """Whether a key holds a text, so that `--name 7` is the name '7'."""
+    kind: Any = RunConfig
+    for part in dotted.split("."):
+        kind = get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    return kind is str
+
+
+def _check_plain(value: Any, path: str, source: str) -> None:
+    """Refuse what a run folder's files could not repeat: dates and times, and None."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            _check_plain(part, f"{path}.{key}" if path else str(key), source)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_plain(part, path, source)
+    elif isinstance(value, datetime.date | datetime.time):
+        raise ConfigError(
+            f'{source}: {path} = {value} is a date or a time; put it in quotes: "{value}"'
+        )
+    elif value is None:
+        raise ConfigError(f"{source}: {path} = None cannot be written in a run file; leave it out")
+
+
 def _literal(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -453,6 +509,8 @@ def _literal(text: str) -> Any:
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    if dotted == "method" and isinstance(value, str):
+        dotted = "method.name"
     *sections, last = dotted.split(".")
     for section in sections:
         below = tree.get(section)
@@ -463,7 +521,8 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
         tree[section] = below
         tree = below
     if dotted == "method.name" and tree.get("name") != value:
-        tree.pop("options", None)
+        for key in ("options", "objective", "states"):  # the other method's own
+            tree.pop(key, None)
     tree[last] = value
 
 
@@ -542,14 +601,20 @@ def _tables(tree: Mapping[str, Any], path: tuple[str, ...]) -> str:
 
 
 def _key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)
+    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
+    return key if bare else _text(key)
+
+
+def _text(text: str) -> str:
+    """A TOML string; of what JSON leaves as it is, TOML refuses only the delete character."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return _text(value)
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, Sequence):

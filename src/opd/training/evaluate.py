@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from opd.types import Prompt, Provenance, Rollout, Sampler, SamplerSettings, Verifier
+from opd.types import Prompt, Rollout, Sampler, SamplerSettings, Verifier
 
 Z95 = 1.959963984540054
 
@@ -91,12 +91,16 @@ def pass_at_k(correct: int, n: int, k: int) -> float:
 
 
 def verify_rollout(
-    rollout: Rollout, verifier: Verifier | None, tokenizer: Any
+    rollout: Rollout, verifier: Verifier | None, tokenizer: Any, *, shown: int | None = None
 ) -> tuple[Rollout, list[str]]:
-    """The rollout with a verdict per sequence, and the decoded responses."""
-    texts = decode_responses(rollout, tokenizer)
+    """The rollout with a verdict per sequence, and the decoded responses.
+
+    Args:
+        shown: without a verifier, how many of the responses somebody will read; None: all.
+    """
     if verifier is None:
-        return rollout, texts
+        return rollout, decode_responses(rollout, tokenizer, count=shown)
+    texts = decode_responses(rollout, tokenizer)
     scores = [
         verifier(prompt, text, finished=reason != "length").score
         for prompt, text, reason in zip(rollout.prompts, texts, rollout.stop_reason, strict=True)
@@ -104,13 +108,14 @@ def verify_rollout(
     return replace(rollout, verdict=torch.tensor(scores)), texts
 
 
-def decode_responses(rollout: Rollout, tokenizer: Any) -> list[str]:
-    """Responses as text, without special tokens."""
-    lengths = (rollout.provenance != Provenance.PADDING).sum(1).tolist()
-    rows = [
-        tokens[:length] for tokens, length in zip(rollout.tokens.tolist(), lengths, strict=True)
-    ]
-    decoded: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
+def decode_responses(rollout: Rollout, tokenizer: Any, *, count: int | None = None) -> list[str]:
+    """The first `count` responses as text, without special tokens; None: all."""
+    lengths = rollout.lengths.tolist()[:count]
+    rows = rollout.tokens[:count].tolist()
+    decoded: list[str] = tokenizer.batch_decode(
+        [tokens[:length] for tokens, length in zip(rows, lengths, strict=True)],
+        skip_special_tokens=True,
+    )
     return decoded
 
 

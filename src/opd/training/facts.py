@@ -27,13 +27,11 @@ class ModelFacts:
         hollow: the model on torch's meta device, with its real tokenizer; good for names, shapes
             and vocabularies. (A built-in model is the real one: it is tiny.)
         parameters: their number.
-        stored_bytes: what the weights take on disk.
         item_bytes: of one weight in memory, in the dtype the run asks for.
     """
 
     hollow: LoadedModel
     parameters: int
-    stored_bytes: int
     item_bytes: float
 
     @property
@@ -90,7 +88,6 @@ def read_facts(reference: str, config: StudentConfig | TeacherConfig) -> ModelFa
     return ModelFacts(
         hollow,
         estimate["parameters"],
-        estimate["bytes"],
         ITEM_BYTES.get(config.dtype, stored),
     )
 

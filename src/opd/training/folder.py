@@ -125,7 +125,18 @@ def create_folder(
 
 
 def check_name(output: str | Path, name: str) -> None:
-    """Refuse an explicit name that is taken, before anything is loaded."""
+    """Refuse a name that is taken or is none, and an output that is a file, before loading."""
+    if name in (".", "..") or name.startswith(".") or set(name) & set("/\\\0"):
+        raise ConfigError(
+            f"name = {name!r} cannot be a folder's name (no slashes, no dot in front); "
+            "where run folders lie is said by --output"
+        )
+    parent = next((p for p in (Path(output), *Path(output).parents) if p.exists()), Path())
+    if not parent.is_dir():
+        raise ConfigError(
+            f"output = {str(output)!r}: {parent} is a file, and run folders need a folder; choose "
+            "another with --output"
+        )
     path = Path(output) / name
     if name and path.exists():
         raise ConfigError(

@@ -46,9 +46,10 @@ from opd.training.resume import FINISHED, last_checkpoint
 from opd.training.session import Phase, Session, open_session, sampler_settings
 from opd.training.sources import check_sources, copy_sources, find_sources
 from opd.training.trackers import Trackers
-from opd.types import Batch, Rollout, Stat
+from opd.types import Batch, Provenance, Rollout, Stat
 
 INTERRUPTED = "interrupted"
+LEFT = "the caller asked for no further step"
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,7 @@ class _Trainer:
             pad_id=student.loaded.pad_id,
             special_ids=session.special_ids,
             merge_ids=session.merge_ids,
+            extra=steps.extra_columns(rollout.prompts, objective),
             device=session.device,
         )
         clock.lap("pack")
@@ -287,7 +289,7 @@ class _Trainer:
     def _draw(self, phase: Phase, clock: _Clock) -> tuple[Rollout, list[str]]:
         """Responses of the step, each source writing its share."""
         session, states = self.session, phase.method.states
-        prompts = self.stream.take(phase.prompts_per_step)
+        prompts = self.stream.take(phase.prompts_per_step, with_responses=states.data > 0)
         shares = (states.student, states.data, states.teacher)
         by_student, by_data, _ = steps.share_out(len(prompts), shares, self.progress.step)
         parts = []
@@ -320,7 +322,12 @@ class _Trainer:
         rollout = merge_rollouts(parts, pad_id=session.student.loaded.pad_id)
         if not by_student:
             return rollout, []
-        rollout, texts = verify_rollout(rollout, session.verifier, session.tokenizer)
+        rollout, texts = verify_rollout(
+            rollout,
+            session.verifier,
+            session.tokenizer,
+            shown=session.config.log.samples_per_step,
+        )
         clock.lap("verify")
         return rollout, texts
 
@@ -571,11 +578,12 @@ class _Clock:
 def _rollout_metrics(rollout: Rollout) -> dict[str, Stat]:
     lengths = rollout.lengths
     sampled = (rollout.policy_version >= 0).any(1)
+    own = (rollout.provenance == Provenance.STUDENT).any(1)
     metrics = {"rollout/length": Stat(float(lengths.sum()), float(lengths.shape[0]))}
     if bool(sampled.any()):
         cut = sum(reason == "length" for reason in rollout.stop_reason)
-        metrics["rollout/truncated"] = Stat(float(cut), float(len(rollout.stop_reason)))
-    judged = ~rollout.verdict.isnan()
+        metrics["rollout/truncated"] = Stat(float(cut), float(sampled.sum()))
+    judged = own & ~rollout.verdict.isnan()
     if bool(judged.any()):
         metrics["rollout/accuracy"] = Stat(
             float(rollout.verdict[judged].sum()), float(judged.sum())
@@ -619,6 +627,9 @@ def _exit_reason(trainer: _Trainer) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         trainer.summarise_early(INTERRUPTED)
+        raise
+    except GeneratorExit:
+        trainer.summarise_early(LEFT)
         raise
     except Exception as error:
         name = "" if isinstance(error, OpdError) else f"{type(error).__name__}: "

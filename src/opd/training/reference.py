@@ -17,8 +17,9 @@ from opd.training.session import Session
 def freeze_reference(session: Session, folder: Path, *, at_start: bool) -> None:
     """Give the session what its views of the initial student score with.
 
-    An adapter that nothing has trained yet is switched off for the view: no second copy of the
-    weights is needed. Otherwise it is a copy, which `folder` keeps for a resume.
+    An adapter that the run itself has added, and nothing has trained yet, is switched off for the
+    view: no second copy of the weights is needed. Otherwise it is a copy, which `folder` keeps for
+    a resume.
 
     Args:
         at_start: the train phase has made no step; the student is the reference. Otherwise the
@@ -36,7 +37,7 @@ def freeze_reference(session: Session, folder: Path, *, at_start: bool) -> None:
     if not views:
         return
     student = session.student
-    without_adapter = hasattr(student.model, "peft_config") and len(session.phases) == 1
+    without_adapter = session.config.student.lora.r > 0 and len(session.phases) == 1
     loaded = student.loaded
     if not without_adapter:
         loaded = _frozen_copy(loaded)

@@ -101,14 +101,17 @@ def open_session(
     student = student or load_student(run, device)
     loaded_teacher, scorer = _teacher(run, teacher, device, method)
     vocab_size = (
-        check_same_vocabulary(student, loaded_teacher) if loaded_teacher else (student.vocab_size)
+        check_same_vocabulary(student, loaded_teacher, merge_stop_ids=config.method.merge_stop_ids)
+        if loaded_teacher
+        else student.vocab_size
     )
     merge_ids = _merge_ids(config, student, loaded_teacher)
     module = Student(student, vocab_size=vocab_size)
+    _check_trainable(module)
     phases = make_phases(config, method, merge_ids)
     teachers = _teachers(config, method, scorer, loaded_teacher, vocab_size, device)
     splits = load_run_prompts(run, student, prompts, phases)
-    chosen = verifier or find_verifier(run, splits[0])
+    chosen = verifier or find_verifier(run, *splits)
     session = Session(
         run=run,
         phases=phases,
@@ -136,6 +139,8 @@ def open_session(
     )
     session.notes += _notes(session)
     _check_writers(session)
+    known = [session.train_prompts, session.validation, session.test, *session.sets.values()]
+    check_positions(positions(student.model), longest_prompt(known), config.sampler.max_new_tokens)
     return session
 
 
@@ -320,6 +325,7 @@ def prompt_settings(data: DataConfig, *, with_responses: bool) -> PromptSettings
         answer_column=data.answer_column,
         response_column=data.response_column,
         with_responses=with_responses,
+        as_chat=data.as_chat,
         chat_template_kwargs=data.chat_template_kwargs,
         max_prompt_tokens=data.max_prompt_tokens,
         bad_prompts=data.bad_prompts,
@@ -390,9 +396,13 @@ def _check_responses(prompts: PromptSet) -> None:
         )
 
 
-def find_verifier(run: Run, prompts: PromptSet) -> Verifier | None:
-    """The verifier of the run file; `auto` looks at the prompts. None where there is none."""
-    spec = run.config.data.verifier
+def find_verifier(run: Run, prompts: PromptSet, *others: PromptSet) -> Verifier | None:
+    """The verifier of the run file; `auto` looks at the prompts. None where there is none.
+
+    Raises:
+        DataError: it compares with answers, and some of the prompts or of the others have none.
+    """
+    spec, column = run.config.data.verifier, run.config.data.answer_column
     if spec == "none":
         return None
     if spec == "auto":
@@ -400,9 +410,65 @@ def find_verifier(run: Run, prompts: PromptSet) -> Verifier | None:
             spec = "task"
         elif any(prompt.answer is not None for prompt in prompts.prompts):
             spec = "exact"
+        elif prompts.prompts and column != DataConfig.answer_column:
+            raise DataError(
+                f"no prompt of {prompts.source} has an answer in the column data.answer_column = "
+                f"{column!r}; there are: {', '.join(prompts.prompts[0].columns) or 'no others'}"
+            )
         else:
             return None
-    return resolve_verifier(spec, base_folder=run.base)
+    found = resolve_verifier(spec, base_folder=run.base)
+    if spec in COMPARING:
+        for some in (prompts, *others):
+            _check_answers(spec, column, some)
+    return found
+
+
+COMPARING = ("exact", "math-verify")
+"""Verifiers that need an answer to compare with."""
+
+
+def _check_answers(spec: str, column: str, prompts: PromptSet) -> None:
+    missing = [prompt.id for prompt in prompts.prompts if prompt.answer is None]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(prompts.prompts)} prompts of {prompts.source} have no answer "
+            f"({missing[0]} the first), which verifier {spec!r} compares with; fill the column "
+            f"{column!r}, name another with data.answer_column, or set data.verifier = 'none'"
+        )
+
+
+def positions(model: Any) -> int | None:
+    """Tokens of prompt and response a model is made for; None where it does not say."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
+def longest_prompt(sets: Sequence[PromptSet]) -> int:
+    """Tokens of the longest prompt that is known before it is drawn."""
+    return max((len(prompt.prompt_ids) for some in sets for prompt in some.prompts), default=0)
+
+
+def check_positions(limit: int | None, longest: int, new: int) -> None:
+    """Refuse prompts and responses that together are longer than the student's positions."""
+    if limit is None or longest + new <= limit:
+        return
+    raise ConfigError(
+        f"prompts of up to {longest} tokens and responses of up to {new} are more than the "
+        f"{limit} positions of the student; lower sampler.max_new_tokens to {limit - longest}"
+        if longest < limit
+        else f"prompts of up to {longest} tokens do not fit into the {limit} positions of the "
+        "student; set data.max_prompt_tokens"
+    )
+
+
+def _check_trainable(student: Student) -> None:
+    if not student.trainable():
+        raise ConfigError(
+            f"student {student.loaded.reference} has no weight that can be trained: all are "
+            "frozen. An adapter folder is loaded frozen: merge it into a model folder and name "
+            "that; a model in hand needs requires_grad, and must not be the teacher as well"
+        )
 
 
 def _check_writers(session: Session) -> None:
@@ -417,6 +483,11 @@ def _check_writers(session: Session) -> None:
 def _notes(session: Session) -> list[str]:
     notes = []
     for prompts in (session.train_prompts, session.validation):
+        if prompts.skipped_repeated:
+            notes.append(
+                f"{prompts.source}: left out {prompts.skipped_repeated} repetitions of held-out "
+                "prompts"
+            )
         if prompts.skipped_empty or prompts.skipped_long:
             notes.append(
                 f"{prompts.source}: skipped {prompts.skipped_empty} empty prompts and "

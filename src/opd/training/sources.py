@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from opd.data.verifiers import verifier_source
+from opd.data.verifiers import verifier_file
 from opd.errors import ConfigError
-from opd.spec import user_sources
+from opd.spec import user_files
 from opd.training.folder import RunFolder
 from opd.training.session import Session
 
@@ -20,10 +20,9 @@ def find_sources(session: Session) -> list[Path]:
 
     Of each only the file itself; what it imports is the user's to keep.
     """
-    files = {file for phase in session.phases for file in user_sources(phase.method) if file}
-    verifier = verifier_source(session.config.data.verifier, session.run.base)
-    paths = [Path(file) for file in files] + ([verifier.path] if verifier else [])
-    return sorted({path.resolve() for path in paths})
+    files = {file for phase in session.phases for file in user_files(phase.method)}
+    verifier = verifier_file(session.config.data.verifier, session.run.base)
+    return sorted({file.resolve() for file in (*files, *([verifier] if verifier else []))})
 
 
 def copy_sources(folder: RunFolder, files: Iterable[Path]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.errors import TrainingError
+from opd.errors import DataError, TeacherError, TrainingError, is_out_of_memory
+from opd.fields import EXTRA_PREFIX
 from opd.formula import support
 from opd.objective import Objective
 from opd.rollout.pack import Part, join_parts, split, with_token
@@ -88,6 +89,28 @@ def rollout_from_data(prompts: Sequence[Prompt]) -> Rollout:
     )
 
 
+def extra_columns(prompts: Sequence[Prompt], objective: Objective) -> dict[str, Tensor]:
+    """The columns of the data that formulas ask for as `extra_NAME`, one number per response.
+
+    Raises:
+        DataError: a record without such a column, or with something else than a number in it.
+    """
+    asked = sorted(objective.field_names())
+    names = [name.removeprefix(EXTRA_PREFIX) for name in asked if name.startswith(EXTRA_PREFIX)]
+    return {name: torch.tensor([_number(prompt, name) for prompt in prompts]) for name in names}
+
+
+def _number(prompt: Prompt, column: str) -> float:
+    value = prompt.columns.get(column)
+    if isinstance(value, int | float):
+        return float(value)
+    raise DataError(
+        f"{prompt.id}: a formula asks for {EXTRA_PREFIX}{column}, so the column {column!r} must "
+        f"hold a number in every record, got {value!r}; there are: "
+        f"{', '.join(prompt.columns) or 'none'}"
+    )
+
+
 def observe(
     student: Student,
     batch: Batch,
@@ -135,8 +158,24 @@ def score(teachers: Mapping[str, Teacher], batch: Batch, objective: Objective, p
             top_k=objective.support_size("teacher_top_ids"),
             temperature=objective.temperature,
         )
-        views[view] = teachers[view].score(request)
+        views[view] = _checked(view, teachers[view].score(request), batch.row_index.shape[0])
     return with_token(batch, views=views) if views else batch
+
+
+def _checked(view: str, scores: TeacherScores, rows: int) -> TeacherScores:
+    """The reply, or an error where it cannot be read."""
+    wrong = sorted({size for size in scores.row_counts() if size != rows})
+    if wrong:
+        raise TeacherError(
+            f"the view {view!r} answered for {wrong[0]} rows, but was asked for {rows}: one per "
+            "token of the responses, in their order"
+        )
+    if scores.hidden is not None and scores.unembedding is None and scores.log_probs is None:
+        raise TeacherError(
+            f"the view {view!r} returned hidden states without the unembedding that turns them "
+            "into logits; return both, or log_probs"
+        )
+    return scores
 
 
 def signal(
@@ -231,20 +270,13 @@ def memory_advice(knob: str, value: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         first_line = str(error).split("\n", 1)[0] or type(error).__name__
         raise TrainingError(
             f"out of memory in a micro-batch of at most {value} tokens: lower {knob} "
             f"(now {value}), which changes no result, or sampler.max_new_tokens. ({first_line})"
         ) from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """The CPU allocator raises a plain RuntimeError, known by its words alone."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
 
 
 def _top(k: int) -> Bound | None:

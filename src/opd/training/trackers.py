@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from opd.errors import ConfigError
 
 PROJECT = "opd"
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Receives the averages of every step."""
 
@@ -32,10 +33,12 @@ class Trackers(AbstractContextManager["Trackers"]):
         folder: the run folder; TensorBoard's and W&B's files go into it.
         config: of the run, shown beside its curves.
 
+    Raises:
+        ConfigError: a tracker that does not start: nobody is logged in, say.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
-        self._open = [_TRACKERS[name](folder, config) for name in names]
+        self._open = [_opened(name, folder, config) for name in names]
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Write named averages at a step counted over all phases."""
@@ -50,6 +53,16 @@ class Trackers(AbstractContextManager["Trackers"]):
     ) -> None:
         for tracker in self._open:
             tracker.close()
+
+
+def _opened(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    try:
+        return _TRACKERS[name](folder, config)
+    except Exception as error:  # trackers are foreign code and may raise anything
+        raise ConfigError(
+            f"log.trackers names {name!r}, which does not start: {type(error).__name__}: {error}; "
+            "mend that, or leave it out"
+        ) from error
 
 
 class _TensorBoard:
