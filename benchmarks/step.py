@@ -12,7 +12,7 @@ frozen batch of responses the two losses of every token and the two gradients ar
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
@@ -39,11 +39,10 @@ from common import (
 )
 from opd.models import load_model, save_model
 from opd.rollout.pack import join_parts, pack_rollout, split
-from opd.student import Student
 from opd.training import step as steps
 from opd.training.config import Run, load
 from opd.training.loop import train_run
-from opd.training.session import Phase, Session, open_session
+from opd.training.session import Session, open_session
 from opd.types import Batch, Prompt, Rollout
 from peers.trl_step import PHASES, run_trl_steps, trl_loss_and_gradient
 
@@ -213,10 +212,10 @@ def step_rows(pair: Pair, folder: Path, *, repeats: int, count: int) -> list[Row
 
 def _floor_row(session: Session, ours: Measure) -> Row:
     """The time of the step's multiply-adds alone, at the rate of a large product."""
-    prompts, _, _, _, rollout = _frozen(session)
+    frozen = _Frozen.of(session)
     rate = measured_matrix_rate(1024, 256, 1024)
-    seconds = _multiply_adds(session, prompts, rollout) / rate
-    seconds *= ours.tokens / float(rollout.mask.sum())
+    per_token = _multiply_adds(session, frozen) / float(frozen.rollout.mask.sum())
+    seconds = ours.tokens * per_token / rate
     return Row(
         case=CASE,
         system=f"floor: its multiply-adds at {rate / 1e9:.0f} G/s",
@@ -226,13 +225,12 @@ def _floor_row(session: Session, ours: Measure) -> Row:
     )
 
 
-def _multiply_adds(session: Session, prompts: Sequence[Prompt], rollout: Rollout) -> float:
+def _multiply_adds(session: Session, frozen: _Frozen) -> float:
     """Of one step: a forward to sample, one of the teacher, and a forward and backward (three).
 
     No padding; attention looks back at half a sequence on average.
     """
-    lengths = rollout.lengths.double()
-    lengths += torch.tensor([len(prompt.prompt_ids) for prompt in prompts])
+    lengths = frozen.batch.lengths.double()
     total = 0.0
     teacher: Any = session.teachers["teacher"]
     for loaded, passes in ((session.student.loaded, 4), (teacher.loaded, 1)):
@@ -241,52 +239,55 @@ def _multiply_adds(session: Session, prompts: Sequence[Prompt], rollout: Rollout
         matrices = sum(weight.numel() for weight in loaded.model.parameters() if weight.dim() == 2)
         width = config.num_attention_heads * config.head_dim * config.num_hidden_layers
         per_sequence = (matrices - embedding) * lengths + width * lengths * lengths
-        total += passes * float(per_sequence.sum() + embedding * rollout.lengths.sum())
+        total += passes * float(per_sequence.sum() + embedding * frozen.rollout.lengths.sum())
     return total
 
 
-def _frozen(session: Session) -> tuple[list[Prompt], Phase, Student, Batch, Rollout]:
+@dataclass(frozen=True)
+class _Frozen:
     """One batch of responses by the student, scored by the teacher."""
-    phase, student = session.phases[-1], session.student
-    prompts = session.stream(0).take(BATCH)
-    rollout = session.student_sampler.sample(
-        prompts, phase.plan.sampler, generator=torch.Generator().manual_seed(0)
-    )
-    batch = pack_rollout(rollout, pad_id=student.loaded.pad_id, special_ids=session.special_ids)
-    objective = phase.method.objective
-    return (
-        prompts,
-        phase,
-        student,
-        steps.score(session.teachers, batch, objective, phase.plan),
-        rollout,
-    )
+
+    prompts: list[Prompt]
+    rollout: Rollout
+    batch: Batch
+
+    @classmethod
+    def of(cls, session: Session) -> _Frozen:
+        phase, student = session.phases[-1], session.student
+        prompts = session.stream(0).take(BATCH)
+        rollout = session.student_sampler.sample(
+            prompts, phase.plan.sampler, generator=torch.Generator().manual_seed(0)
+        )
+        batch = pack_rollout(rollout, pad_id=student.loaded.pad_id, special_ids=session.special_ids)
+        objective, plan = phase.method.objective, phase.plan
+        return cls(prompts, rollout, steps.score(session.teachers, batch, objective, plan))
+
+    @property
+    def responses(self) -> list[list[int]]:
+        lengths = self.rollout.lengths.tolist()
+        return [row[:n] for row, n in zip(self.rollout.tokens.tolist(), lengths, strict=True)]
 
 
 def agreement_rows(session: Session) -> list[Row]:
     """Our loss of every token and our gradient against TRL's, on one frozen batch."""
-    prompts, phase, student, batch, rollout = _frozen(session)
-    objective, max_tokens = phase.method.objective, session.max_tokens
+    frozen, student = _Frozen.of(session), session.student
+    objective, max_tokens = session.phases[-1].method.objective, session.max_tokens
     (label,) = (label for label, _ in objective.labelled())
-    parts = split(batch, max_tokens=max_tokens)
+    parts = split(frozen.batch, max_tokens=max_tokens)
     per_token = join_parts(
         [(part.rows, student(part.batch, objective).rows[f"loss/{label}"]) for part in parts],
-        batch.row_index.shape[0],
+        frozen.batch.row_index.shape[0],
     )
-    steps.update(student, batch, objective, max_tokens, step=1)
+    steps.update(student, frozen.batch, objective, max_tokens, step=1)
     gradient = {name: weight.grad for name, weight in student.model.named_parameters()}
     teacher: Any = session.teachers["teacher"]
-    lengths = rollout.lengths.tolist()
     with redirect_stderr(StringIO()):
         theirs = trl_loss_and_gradient(
             student=cast(Any, student.model),
             teacher=teacher.loaded.model,
             tokenizer=session.tokenizer,
-            prompt_ids=[prompt.prompt_ids for prompt in prompts],
-            completion_ids=[
-                tokens[:length].tolist()
-                for tokens, length in zip(rollout.tokens, lengths, strict=True)
-            ],
+            prompt_ids=[prompt.prompt_ids for prompt in frozen.prompts],
+            completion_ids=frozen.responses,
         )
     known: dict[str, Tensor] = {n: value for n, value in gradient.items() if value is not None}
     loss = {"loss": per_token}, {"loss": theirs.divergence}

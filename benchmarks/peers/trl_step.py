@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset  # type: ignore[import-untyped]
+from datasets import Dataset
 from huggingface_hub import constants as hub
 from jaxtyping import Float
 from torch import Tensor
