@@ -352,6 +352,21 @@ def abandoned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]
     return find
 
 
+def test_a_checkpoint_from_before_a_key_existed_resumes_with_the_keys_default(
+    tmp_path: Path, uninterrupted: Callable[[str], dict[str, Any]]
+) -> None:
+    abandon(tiny_run(tmp_path), 3)
+    for state_file in (tmp_path / "run").glob("checkpoints/*/state.json"):
+        state = json.loads(state_file.read_text())
+        config = json.loads(state["config"])
+        del config["data"]["as_chat"]
+        state_file.write_text(json.dumps(state | {"config": json.dumps(config)}))
+
+    finish(tiny_run(tmp_path), resume=tmp_path / "run")
+
+    assert outcome(tmp_path / "run") == uninterrupted("plain")
+
+
 def test_a_run_folder_may_be_moved_and_renamed(
     tmp_path: Path, uninterrupted: Callable[[str], dict[str, Any]]
 ) -> None:

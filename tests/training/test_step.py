@@ -396,3 +396,16 @@ def test_memory_that_runs_out_inside_an_update_names_the_knob() -> None:
     student.register_forward_pre_hook(exhaust)
     with pytest.raises(TrainingError, match=r"lower train\.max_tokens \(now 77\)"):
         steps.update(student, batch, methods.reverse_kl_opd().objective, 77, step=1)
+
+
+def detached(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """A divergence that forgets the student."""
+    return (student_log_probs.exp() * (student_log_probs - teacher_log_probs)).sum(-1).detach()
+
+
+def test_an_objective_that_forgets_the_student_is_refused() -> None:
+    method = Method(Objective(Dense(divergence=detached)))
+    student, batch, _, _ = prepared(method)
+
+    with pytest.raises(TrainingError, match="step 7: no term of the objective depends on"):
+        steps.update(student, batch, method.objective, 1000, step=7)

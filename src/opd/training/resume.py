@@ -7,7 +7,7 @@ from typing import Any
 
 from opd.errors import ConfigError
 from opd.training.checkpoint import Checkpoint, find_checkpoints
-from opd.training.config import Run, load, to_json
+from opd.training.config import Run, from_tree, load, to_json
 from opd.training.folder import RunFolder
 
 FINISHED = "finished"
@@ -26,7 +26,9 @@ def last_checkpoint(folder: RunFolder, run: Run) -> Checkpoint | None:
         )
     found = find_checkpoints(folder)
     wrote = found[-1].state["config"] if found else to_json(load(folder.path).config)
-    _check_config(folder, json.loads(wrote), json.loads(to_json(run.config)))
+    # a key that a later version brought counts as its default
+    complete = to_json(from_tree(json.loads(wrote), source=str(folder.path)))
+    _check_config(folder, json.loads(complete), json.loads(to_json(run.config)))
     if folder.read_summary().get("exit_reason") == FINISHED:
         raise ConfigError(
             f"the run {folder.path} is finished: there is nothing to resume. Its model is in "

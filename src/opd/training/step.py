@@ -223,8 +223,12 @@ def update(
             assert out.loss is not None
             if not torch.isfinite(out.loss):
                 raise TrainingError(_blame(out.rows, part, objective, step))
-            if out.loss.requires_grad:
-                out.loss.backward()
+            if not out.loss.requires_grad:
+                raise TrainingError(
+                    f"step {step}: no term of the objective depends on the student's weights, so "
+                    "nothing can be learnt; a formula of the run detaches what it returns"
+                )
+            out.loss.backward()
         stats.append(out.stats)
     return add_stats(stats)
 
