@@ -133,6 +133,8 @@ class OurSteps:
                 "train.steps": count + 1,  # the last step would save a checkpoint
                 "train.prompts_per_step": BATCH,
                 "train.learning_rate": 0.0,
+                "train.max_tokens": 0,  # the library's own choice
+                "teacher.max_tokens": 0,
                 "train.save_every": 0,
                 "evaluate.every": 0,
                 "evaluate.prompts": 1,

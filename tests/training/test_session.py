@@ -15,11 +15,11 @@ from opd.training.session import micro_batch_tokens, open_session
 
 def test_zero_chooses_the_micro_batch_by_the_device_and_a_number_is_kept() -> None:
     cpu, accelerator = torch.device("cpu"), torch.device("cuda:0")
-    assert (micro_batch_tokens(0, cpu), micro_batch_tokens(0, accelerator)) == (1024, 16384)
+    assert (micro_batch_tokens(0, cpu), micro_batch_tokens(0, accelerator)) == (2048, 16384)
     assert micro_batch_tokens(77, cpu) == micro_batch_tokens(77, accelerator) == 77
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [((), 1024), (("99", "88"), None)])
+@pytest.mark.parametrize(("overrides", "expected"), [((), 2048), (("99", "88"), None)])
 def test_student_and_teacher_get_the_micro_batch_that_was_chosen(
     overrides: tuple[str, ...], expected: int | None
 ) -> None:

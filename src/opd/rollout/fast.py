@@ -240,9 +240,9 @@ class FastDecoder:
         ]
         hidden, keys, values = zip(*parts, strict=True)
         room = min(room, CACHE_ROOM)
-        self._keys = [_cache(torch.cat(part)[rows], room) for part in zip(*keys, strict=True)]
-        self._values = [_cache(torch.cat(part)[rows], room) for part in zip(*values, strict=True)]
-        return self._logits(torch.cat(hidden))[rows]
+        self._keys = [_cache(_joined(part, rows), room) for part in zip(*keys, strict=True)]
+        self._values = [_cache(_joined(part, rows), room) for part in zip(*values, strict=True)]
+        return self._logits(_joined(hidden, rows))
 
     def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """Append one token to every row; logits of the next one."""
@@ -265,8 +265,8 @@ class FastDecoder:
 
     def keep(self, rows: Int[Tensor, " A"]) -> None:
         """Drop every row but these."""
-        self._keys = [keys[rows] for keys in self._keys]
-        self._values = [values[rows] for values in self._values]
+        self._keys = [keys.index_select(0, rows) for keys in self._keys]
+        self._values = [values.index_select(0, rows) for values in self._values]
         if self._bias is not None and self._position is not None:
             self._bias, self._position = self._bias[rows], self._position[rows]
 
@@ -363,6 +363,12 @@ def _close(layer: _Layer, x: Float[Tensor, "n H"], attended: Tensor) -> Float[Te
 
 def _fold_head(head: Unembedding, gain: Tensor) -> _Matrix:
     return _Matrix((head.weight[: head.vocab_size] * gain).T.contiguous())
+
+
+def _joined(parts: Sequence[Tensor], rows: Int[Tensor, " B"]) -> Tensor:
+    """Some rows of several tensors that follow each other."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return whole.index_select(0, rows)
 
 
 def _cache(heads: Float[Tensor, "B Hkv P D"], room: int) -> Float[Tensor, "B Hkv C D"]:

@@ -201,7 +201,7 @@ class TrainConfig(OptimizerConfig):
         prompts_per_step: prompts in a rollout batch.
         updates_per_rollout: optimizer steps on each rollout batch.
         max_tokens: padded tokens per micro-batch; bounds the memory, never the result. 0 chooses:
-            1,024 on a CPU, whose cache then holds what a layer works on, 16,384 elsewhere.
+            2,048 on a CPU, whose cache then holds what a layer works on, 16,384 elsewhere.
         save_every: steps between checkpoints; 0: at the end only.
         keep: newest checkpoints kept besides the best.
     """

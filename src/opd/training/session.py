@@ -146,7 +146,7 @@ def open_session(
 
 def micro_batch_tokens(setting: int, device: torch.device) -> int:
     """Padded tokens per micro-batch: the setting, or where it is 0 what suits the device."""
-    return setting or (1024 if device.type == "cpu" else 16384)
+    return setting or (2048 if device.type == "cpu" else 16384)
 
 
 def _keep_freed_memory() -> None:
