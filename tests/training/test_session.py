@@ -19,18 +19,16 @@ def test_zero_chooses_the_micro_batch_by_the_device_and_a_number_is_kept() -> No
     assert micro_batch_tokens(77, cpu) == micro_batch_tokens(77, accelerator) == 77
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [((), 2048), (("99", "88"), None)])
+@pytest.mark.parametrize(("settings", "expected"), [((0, 0), (2048, 2048)), ((99, 88), (99, 88))])
 def test_student_and_teacher_get_the_micro_batch_that_was_chosen(
-    overrides: tuple[str, ...], expected: int | None
+    settings: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     words = ["--evaluate.prompts", "1", "--evaluate.test_prompts", "1", "--device", "cpu"]
-    if overrides:
-        words += ["--train.max_tokens", overrides[0], "--teacher.max_tokens", overrides[1]]
+    words += ["--train.max_tokens", str(settings[0]), "--teacher.max_tokens", str(settings[1])]
     session = open_session(load(None, words))
     teacher = session.teachers["teacher"]
     assert isinstance(teacher, LocalTeacher)
-    found = (session.max_tokens, teacher.max_tokens)
-    assert found == ((expected, expected) if expected else (99, 88))
+    assert (session.max_tokens, teacher.max_tokens) == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults of glibc's allocator")
