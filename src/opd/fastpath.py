@@ -29,6 +29,7 @@ __all__ = [
     "SMALL",
     "SMALL_BYTES",
     "interleave",
+    "pairs",
     "response_states",
     "rotate",
     "rotation",
@@ -192,10 +193,10 @@ def rotation(model: nn.Module, length: int) -> Tensor:
 
 def rotate(heads: Float[Tensor, "*n D"], turn: Tensor) -> Float[Tensor, "*n D"]:
     """Interleaved heads times the complex factors of their pairs."""
-    return torch.view_as_real(_pairs(heads) * turn).flatten(-2)
+    return torch.view_as_real(pairs(heads) * turn).flatten(-2)
 
 
-def _pairs(heads: Float[Tensor, "*n D"]) -> Tensor:
+def pairs(heads: Float[Tensor, "*n D"]) -> Tensor:
     """Neighbours as one complex number each; a view."""
     return torch.view_as_complex(heads.view(*heads.shape[:-1], -1, 2))
 
@@ -382,11 +383,11 @@ class _Heads(torch.autograd.Function):
         turned = heads[:, : shape.n_turned]
         head_unit = head_size = None
         if gain is None:
-            _pairs(turned).mul_(turn)
+            pairs(turned).mul_(turn)
         else:
             gain = interleave(gain)
             head_unit, head_size = _unit(turned, head_eps)
-            torch.mul(_pairs(_times(head_unit, gain, ctx)), turn, out=_pairs(turned))
+            torch.mul(pairs(_times(head_unit, gain, ctx)), turn, out=pairs(turned))
         ctx.shape, ctx.has_bias = shape, bias is not None
         ctx.save_for_backward(unit, size, norm, normed, weight, gain, turn, head_unit, head_size)
         return heads
@@ -401,7 +402,7 @@ class _Heads(torch.autograd.Function):
         turned = heads[:, :n_turned]
         for_gain = None
         if gain is None:
-            torch.mul(_pairs(gradient[:, :n_turned]), turn.conj(), out=_pairs(turned))
+            torch.mul(pairs(gradient[:, :n_turned]), turn.conj(), out=pairs(turned))
         else:
             unturned = rotate(gradient[:, :n_turned], turn.conj())
             for_gain = _apart((unturned * head_unit).sum(0))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opd import fastpath
-from opd.fastpath import SMALL_BYTES, interleave, rotate, rotation
+from opd.fastpath import SMALL_BYTES, interleave, pairs, rotate, rotation
 from opd.models import backbone, project
 from opd.types import Unembedding
 
@@ -209,7 +209,6 @@ class FastDecoder:
             fold = dtype == torch.float32 and size <= SMALL_BYTES
         self._model, self._fold = model, fold
         self._n_query, self._n_key = config.num_attention_heads, config.num_key_value_heads
-        self._n_turned = self._n_query + self._n_key
         self._head_dim: int = base.layers[0].self_attn.head_dim
         self._scale: float = base.layers[0].self_attn.scaling
         self._wide = torch.promote_types(dtype, torch.float32)
@@ -238,19 +237,19 @@ class FastDecoder:
             self._read(ids[i : i + at_once], None if even else real[i : i + at_once])
             for i in range(0, len(ids), at_once)
         ]
-        hidden, keys, values = zip(*parts, strict=True)
-        room = min(room, CACHE_ROOM)
-        self._keys = [_cache(_joined(part, rows), room) for part in zip(*keys, strict=True)]
-        self._values = [_cache(_joined(part, rows), room) for part in zip(*values, strict=True)]
-        return self._logits(_joined(hidden, rows))
+        hidden, caches = zip(*parts, strict=True)
+        self._caches = [
+            _with_room(_joined(part, 1).index_select(1, rows), min(room, CACHE_ROOM))
+            for part in zip(*caches, strict=True)
+        ]
+        return self._logits(_joined(hidden, 0).index_select(0, rows))
 
     def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """Append one token to every row; logits of the next one."""
         column = self._column
-        if column == self._keys[0].shape[2]:
+        if column == self._caches[0].shape[3]:
             room = max(CACHE_ROOM, column // 2)
-            self._keys = [_cache(keys, room) for keys in self._keys]
-            self._values = [_cache(values, room) for values in self._values]
+            self._caches = [_with_room(cache, room) for cache in self._caches]
         self._column += 1
         if self._position is None:
             turn = self._turns[column]
@@ -258,75 +257,67 @@ class FastDecoder:
             turn = self._turns.index_select(0, self._position)
             self._position = self._position + 1
         x = self._embedding.index_select(0, tokens)
-        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
-            query, keys[:, :, column], values[:, :, column] = self._heads(layer, x, turn)
-            x = _close(layer, x, self._attend(query, keys, values))
+        for layer, cache in zip(self._layers, self._caches, strict=True):
+            query, cache[:, :, :, column] = self._heads(layer, x, turn)
+            x = _close(layer, x, self._attend(query, cache))
         return self._logits(x)
 
     def keep(self, rows: Int[Tensor, " A"]) -> None:
         """Drop every row but these."""
-        self._keys = [keys.index_select(0, rows) for keys in self._keys]
-        self._values = [values.index_select(0, rows) for values in self._values]
+        self._caches = [cache.index_select(1, rows) for cache in self._caches]
         if self._bias is not None and self._position is not None:
             self._bias, self._position = self._bias[rows], self._position[rows]
 
     def _read(
         self, ids: Int[Tensor, "U P"], real: Bool[Tensor, "U P"] | None
-    ) -> tuple[Float[Tensor, "U H"], list[Tensor], list[Tensor]]:
-        """Hidden state after the last token of some prompts, and every layer's keys and values."""
+    ) -> tuple[Float[Tensor, "U H"], list[Tensor]]:
+        """Hidden state after the last token of some prompts, and every layer's cache."""
         if real is None:
             mask, turn = None, self._turns[: ids.shape[1]].repeat(len(ids), 1, 1)
         else:
             mask = _prompt_mask(real)
             turn = self._turns[(real.cumsum(1) - 1).clamp_min(0).flatten()]
-        keys, values = [], []
+        caches = []
         x = functional.embedding(ids.flatten(), self._embedding)
         for layer in self._layers:
-            query, key, value = (
-                heads.view(*ids.shape, -1, self._head_dim).transpose(1, 2)
-                for heads in self._heads(layer, x, turn)
-            )
-            keys.append(key)
-            values.append(value)
+            query, keys_values = self._heads(layer, x, turn)
+            cache = keys_values.view(2, *ids.shape, self._n_key, self._head_dim).transpose(2, 3)
+            caches.append(cache)
             attended = functional.scaled_dot_product_attention(
-                query,
-                key,
-                value,
+                query.view(*ids.shape, self._n_query, self._head_dim).transpose(1, 2),
+                cache[0],
+                cache[1],
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=self._scale,
                 enable_gqa=True,
             )
             x = _close(layer, x, attended.transpose(1, 2).reshape(ids.numel(), -1))
-        return x.view(*ids.shape, -1)[:, -1], keys, values
+        return x.view(*ids.shape, -1)[:, -1], caches
 
     def _heads(
         self, layer: _Layer, x: Float[Tensor, "n H"], turn: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, interleaved and rotated, and values: `[n, heads, D]` each."""
+    ) -> tuple[Float[Tensor, "n Hq D"], Float[Tensor, "two n Hkv D"]]:
+        """Queries, and keys with values; queries and keys are interleaved and rotated."""
         n = x.shape[0]
         heads = _apply(layer.qkv, layer.attention_norm(x)).view(n, -1, self._head_dim)
-        queries_keys = heads[:, : self._n_turned]
-        if layer.head_norm is not None:
-            queries_keys = layer.head_norm(queries_keys)
-        if not self._fold:  # complex numbers come in no half precision
-            queries_keys = interleave(queries_keys).to(self._wide)
-        turned = rotate(queries_keys, turn).to(x.dtype)
-        return (
-            turned[:, : self._n_query],
-            turned[:, self._n_query :],
-            heads[:, self._n_turned :],
-        )
+        turned = heads[:, : self._n_query + self._n_key]
+        normed = turned if layer.head_norm is None else layer.head_norm(turned)
+        if self._fold:
+            torch.mul(pairs(normed), turn, out=pairs(turned))
+        else:  # complex numbers come in no half precision
+            turned.copy_(rotate(interleave(normed).to(self._wide), turn))
+        keys_values = heads[:, self._n_query :].view(n, 2, self._n_key, self._head_dim)
+        return heads[:, : self._n_query], keys_values.transpose(0, 1)
 
     def _attend(
         self,
         query: Float[Tensor, "B Hq D"],
-        keys: Float[Tensor, "B Hkv C D"],
-        values: Float[Tensor, "B Hkv C D"],
+        cache: Float[Tensor, "two B Hkv C D"],
     ) -> Float[Tensor, "B HqD"]:
         """Attention of one new token per row; queries that share a key head go together."""
         n, filled = query.shape[0], self._column
-        keys, values = keys.flatten(0, 1)[:, :filled], values.flatten(0, 1)[:, :filled]
+        keys, values = cache.flatten(1, 2)[:, :, :filled].unbind(0)
         query = query.reshape(n * self._n_key, -1, self._head_dim)
         scores = torch.baddbmm(
             self._no_bias if self._bias is None else self._bias[:, :, :, :filled].flatten(0, 1),
@@ -365,17 +356,15 @@ def _fold_head(head: Unembedding, gain: Tensor) -> _Matrix:
     return _Matrix((head.weight[: head.vocab_size] * gain).T.contiguous())
 
 
-def _joined(parts: Sequence[Tensor], rows: Int[Tensor, " B"]) -> Tensor:
-    """Some rows of several tensors that follow each other."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-    return whole.index_select(0, rows)
+def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
-def _cache(heads: Float[Tensor, "B Hkv P D"], room: int) -> Float[Tensor, "B Hkv C D"]:
-    """The same keys or values with room for as many more."""
-    n, n_key, width, head_dim = heads.shape
-    buffer = heads.new_empty(n, n_key, width + room, head_dim)
-    buffer[:, :, :width] = heads
+def _with_room(cache: Float[Tensor, "two B Hkv P D"], room: int) -> Float[Tensor, "two B Hkv C D"]:
+    """The same keys and values with room for as many more."""
+    *lead, width, head_dim = cache.shape
+    buffer = cache.new_empty(*lead, width + room, head_dim)
+    buffer[:, :, :, :width] = cache
     return buffer
 
 
