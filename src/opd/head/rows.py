@@ -13,7 +13,7 @@ from opd.errors import ConfigError, TeacherError
 from opd.fields import FIELDS, positional_names
 from opd.formula import support as supports
 from opd.objective import field_key
-from opd.types import Bound, FieldKey, TeacherScores
+from opd.types import FieldKey, TeacherScores
 
 
 class ChunkFields:
@@ -91,7 +91,9 @@ class ChunkFields:
             return None
         ids_key = FieldKey("support_ids", key.view, bound)
         if ids_key not in self._known:
-            inputs = (self._support_input(name, ids_key) for name in _inputs(bound))
+            inputs = (
+                self._support_input(name, ids_key) for name in positional_names(bound.function)
+            )
             self._known[ids_key] = bound(*inputs)
         return self._known[ids_key]
 
@@ -165,7 +167,3 @@ def likeliest(
         )
     logp, ids = log_probs.topk(k, dim=-1)
     return logp, ids
-
-
-def _inputs(bound: Bound) -> tuple[str, ...]:
-    return positional_names(bound.function)

@@ -46,7 +46,7 @@ from opd.training.resume import FINISHED, last_checkpoint
 from opd.training.session import Phase, Session, open_session, sampler_settings
 from opd.training.sources import check_sources, copy_sources, find_sources
 from opd.training.trackers import Trackers
-from opd.types import Batch, Provenance, Rollout, Stat
+from opd.types import Batch, Prompt, Provenance, Rollout, Sampler, SamplerSettings, Stat
 
 INTERRUPTED = "interrupted"
 LEFT = "the caller asked for no further step"
@@ -292,32 +292,14 @@ class _Trainer:
         prompts = self.stream.take(phase.prompts_per_step, with_responses=states.data > 0)
         shares = (states.student, states.data, states.teacher)
         by_student, by_data, _ = steps.share_out(len(prompts), shares, self.progress.step)
-        parts = []
-        limit = session.config.sampler.max_sequences
         own, rest = prompts[:by_student], prompts[by_student:]
         from_data, from_teacher = rest[:by_data], rest[by_data:]
-        per_call = max(1, limit // phase.plan.sampler.samples_per_prompt)
-        for start in range(0, len(own), per_call):
-            with session.student.for_generation():
-                parts.append(
-                    session.student_sampler.sample(
-                        own[start : start + per_call],
-                        phase.plan.sampler,
-                        generator=self.generators["student"],
-                        policy_version=self.progress.updates,
-                    )
-                )
+        settings = phase.plan.sampler
+        with session.student.for_generation():
+            parts = self._sample("student", own, settings, self.progress.updates)
         if from_data:
             parts.append(steps.rollout_from_data(from_data))
-        for start in range(0, len(from_teacher), per_call):
-            assert session.teacher_sampler is not None
-            parts.append(
-                session.teacher_sampler.sample(
-                    from_teacher[start : start + per_call],
-                    replace(phase.plan.sampler, student_top_k=0),
-                    generator=self.generators["teacher"],
-                )
-            )
+        parts += self._sample("teacher", from_teacher, replace(settings, student_top_k=0), 0)
         clock.lap("sample")
         rollout = merge_rollouts(parts, pad_id=session.student.loaded.pad_id)
         if not by_student:
@@ -330,6 +312,27 @@ class _Trainer:
         )
         clock.lap("verify")
         return rollout, texts
+
+    def _sample(
+        self, who: str, prompts: Sequence[Prompt], settings: SamplerSettings, version: int
+    ) -> list[Rollout]:
+        """Responses to the prompts, at most `sampler.max_sequences` at once."""
+        per_call = max(1, self.session.config.sampler.max_sequences // settings.samples_per_prompt)
+        return [
+            self._sampler(who).sample(
+                prompts[start : start + per_call],
+                settings,
+                generator=self.generators[who],
+                policy_version=version,
+            )
+            for start in range(0, len(prompts), per_call)
+        ]
+
+    def _sampler(self, who: str) -> Sampler:
+        session = self.session
+        sampler = session.student_sampler if who == "student" else session.teacher_sampler
+        assert sampler is not None
+        return sampler
 
     def _apply(self, phase: Phase, batch: Batch, objective: Objective) -> dict[str, Stat]:
         """One optimizer step on the accumulated gradient of `objective` over `batch`."""
@@ -375,10 +378,8 @@ class _Trainer:
 
     def _evaluate(self, who: str, prompts: Any) -> Evaluation:
         session = self.session
-        sampler = session.student_sampler if who == "student" else session.teacher_sampler
-        assert sampler is not None
         return evaluate(
-            sampler,
+            self._sampler(who),
             prompts,
             verifier=session.verifier,
             tokenizer=session.tokenizer,
@@ -386,6 +387,13 @@ class _Trainer:
             seed=session.config.seed,
             max_sequences=session.config.sampler.max_sequences,
         )
+
+    def _evaluate_sets(self) -> dict[str, Any]:
+        """The student's accuracy on every named set."""
+        return {
+            name: self._evaluate("student", prompts.prompts).accuracy.as_dict()
+            for name, prompts in self.session.sets.items()
+        }
 
     def evaluate_start(self, phase: Phase) -> StepReport:
         """Figures before the first distillation step: student, and teacher if there is one."""
@@ -397,10 +405,7 @@ class _Trainer:
             "student": test.accuracy.as_dict(),
             "responses": list(test.responses[:8]),
             "verdicts": list(test.scores[:8]),
-            "sets": {
-                name: self._evaluate("student", prompts.prompts).accuracy.as_dict()
-                for name, prompts in session.sets.items()
-            },
+            "sets": self._evaluate_sets(),
         }
         if session.teacher_sampler is not None and session.config.evaluate.teacher:
             teacher = self._evaluate("teacher", session.test.prompts)
@@ -422,10 +427,7 @@ class _Trainer:
 
         session, clock = self.session, _Clock()
         test = self._evaluate("student", session.test.prompts)
-        sets = {
-            name: self._evaluate("student", prompts.prompts).accuracy.as_dict()
-            for name, prompts in session.sets.items()
-        }
+        sets = self._evaluate_sets()
         with whole_folder(self.folder.model) as temporary:
             save_model(
                 session.student.loaded,
