@@ -20,24 +20,121 @@ from torch import Tensor
 import opd.formula
 from opd.types import Count, Unembedding
 
-N, SIZES = 6, {"K": 6, "J": 6, "V": 7, "H": 4, "B": 3, "T": 5, "1": 1, "K_plus_1": 7}
+N = 6
+SIZES = {"K": 6, "J": 6, "V": 7, "S": 2, "H": 4, "B": 3, "T": 5, "L": 7, "1": 1, "K_plus_1": 7}
 MODULES = tuple(module.name for module in pkgutil.iter_modules(opd.formula.__path__))
 
 KNOBS: dict[str, dict[str, Any]] = {
     "numerics.log_mixture": {"weight": 0.3},
     "divergence.generalized_jsd": {"teacher_weight": 0.3},
+    "divergence.skew_forward_kl": {"skew": 0.3},
+    "divergence.skew_reverse_kl": {"skew": 0.3},
+    "divergence.alpha_divergence": {"alpha": 0.3},
+    "divergence.power_divergence": {"power": 0.7},
     "support.student_top_k": {"k": 3},
     "support.teacher_top_k": {"k": 3},
+    "support.union": {"teacher_k": 2, "student_k": 3},
+    "support.intersection": {"teacher_k": 4, "student_k": 3},
+    "support.routing_support": {"teacher_k": 2, "student_k": 3},
+    "support.restrict_by_tail": {"tail": "bucket", "side": "student"},
+    "support.smooth": {"smoothing": 0.1, "vocab_size": 7},
     "credit.discounted": {"gamma": 0.9, "meaning": "task"},
+    "credit.windowed": {"window": 3},
+    "credit.damped_future": {"future_weight": 0.6},
+    "credit.length_neutral_future": {"future_weight": 0.6},
+    "credit.gae": {"gae_lambda": 0.7},
+    "reward.clipped_log_ratio": {"low": -0.8, "high": 0.6},
+    "reward.floored_log_ratio": {"floor_nats": -0.7},
+    "reward.tanh_log_ratio": {"scale": 0.9},
+    "reward.proximal_log_ratio": {"teacher_share": 0.4},
+    "reward.power_reward": {"power": 1.7},
+    "reward.generalized_jsd_reward": {"teacher_weight": 0.3},
+    "reward.skew_forward_kl_reward": {"skew": 0.3},
+    "reward.skew_reverse_kl_reward": {"skew": 0.3},
+    "reward.alpha_divergence_reward": {"alpha": 0.4},
+    "reward.overlong_cost": {"start": 2, "limit": 5},
+    "outcome.terminal_verdict": {"scale": 0.7},
+    "outcome.add_group_advantage": {"scale": 0.7},
+    "outcome.mix_group_advantage": {"share": 0.4},
+    "outcome.sigmoid_gate": {"sharpness": 1.5},
+    "outcome.magnitude_only": {"low": 0.5, "high": 0.8},
     "surrogate.clipped": {"low": 0.2, "high": 0.3},
+    "surrogate.dual_clipped": {"low": 0.2, "high": 0.3, "negative_cap": 2.0},
+    "surrogate.truncated_importance": {"cap": 1.2},
+    "surrogate.masked_importance": {"low": 0.6, "high": 1.7},
+    "surrogate.geometric_ratio": {"old_share": 0.6, "low": 0.2, "high": 0.3},
+    "regulariser.entropy_floor": {"nats": 0.9},
+    "routing.endorsed_and_reachable": {"teacher_k": 3, "student_k": 4},
+    "routing.endorsed_or_likely": {"teacher_k": 3, "student_k": 1, "min_probability": 0.3},
+    "routing.teacher_top": {"teacher_k": 3},
+    "routing.by_powers": {"teacher_power": 0.5, "student_power": 1.0, "score_power": 0.7},
+    "routing.by_score": {"temperature": 0.5},
+    "routing.candidate_mass": {"at_least": 0.5},
+    "routing.evidence": {"full_at": 0.5},
+    "weight.student_entropy_above": {"nats": 0.5},
+    "weight.student_entropy_below": {"nats": 0.5},
+    "weight.teacher_entropy_above": {"nats": 0.5},
+    "weight.teacher_entropy_below": {"nats": 0.5},
+    "weight.confident_wrong": {"below_nats": 1.0, "above": 0.3},
+    "weight.surprise": {"boost": 1.0},
+    "weight.trusted": {"at_least": 0.5},
+    "weight.untrusted": {"below": 0.5},
+    "weight.top_k_overlap": {"k": 3},
+    "weight.overlap_above": {"k": 3, "at_least": 0.5},
+    "weight.position_decay": {"half_life": 2.0},
+    "weight.relative_position": {"start": 1.5, "end": 0.5},
+    "weight.prefix": {"tokens": 3},
+    "weight.prefix_share": {"share": 0.6},
+    "weight.cumulative_drift": {"boost": 0.5},
+    "weight.drift_budget": {"nats": 1.0},
+    "weight.keep_high_entropy": {"share": 0.4},
+    "weight.keep_low_entropy": {"share": 0.4},
+    "weight.keep_large_divergence": {"share": 0.4},
+    "weight.keep_unlikely": {"share": 0.4},
+    "weight.teacher_passes": {"at_least": 0.5},
+    "weight.teacher_fails": {"below": 0.5},
     "reduce.token_mean": {"count": Count(rows=9.0, sequences=4.0)},
     "reduce.sequence_mean": {"count": Count(rows=9.0, sequences=4.0)},
     "reduce.sequence_sum": {"count": Count(rows=9.0, sequences=4.0)},
 }
 """Values of the knobs by `module.function`."""
 
-DETACHED_MODULES = ("reward", "weight")
+DETACHED_MODULES = ("reward", "weight", "outcome", "credit")
 """Modules whose results never carry a gradient."""
+
+TRANSFERS = (
+    "routing.bounded_cross_entropy",
+    "routing.linear_transfer",
+    "routing.pairwise_logistic",
+)
+"""The routing formulas that carry a gradient, through the student's distribution alone."""
+
+STOP_GRADIENT = (
+    "divergence.truncated_reverse_kl",
+    "routing.bounded_cross_entropy",
+    "surrogate.masked_importance",
+    "surrogate.tail_residual",
+    "surrogate.truncated_importance",
+)
+"""Losses with a detached part that moves with the student: by design their gradient is not the
+slope of their value. What it is instead is held by the tests of their module."""
+
+STEP_WIDE = (
+    "credit.batch_mean",
+    "credit.group_mean",
+    "credit.length_neutral_future",
+    "credit.position_mean",
+    "outcome.add_group_advantage",
+    "outcome.magnitude_only",
+    "outcome.mix_group_advantage",
+    "outcome.sigmoid_gate",
+    "reward.group_advantage",
+    "weight.keep_high_entropy",
+    "weight.keep_large_divergence",
+    "weight.keep_low_entropy",
+    "weight.keep_unlikely",
+)
+"""Formulas that look at the whole optimizer step, so that responses do depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +179,16 @@ class Formula:
         found = re.search(r'\[Tensor, "([^"]*)"\]', self.annotations[argument])
         return tuple(found.group(1).split()) if found else ()
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the result says yes or no instead of holding numbers."""
+        return str(inspect.signature(self.function).return_annotation).startswith("Bool")
+
+    def has_rows(self, argument: str) -> bool:
+        """Whether an argument's first axis is that of the rows."""
+        axes = self.axes(argument)
+        return bool(axes) and axes[0] != "S"
+
     def __call__(self, arguments: dict[str, Any]) -> Any:
         return self.function(*(arguments[name] for name in self.takes), **self.knobs)
 
@@ -106,15 +213,24 @@ class Formula:
         if annotation.startswith("Bool"):
             return torch.rand(shape, generator=draw) < 0.6
         if annotation.startswith("Int"):
+            if name == "group":  # few enough that responses share one
+                return torch.randint(2, shape, generator=draw)
             if name.endswith("ids"):  # distinct, likeliest first
-                return torch.rand(shape, generator=draw).argsort(-1)
+                ids = torch.rand(shape, generator=draw).argsort(-1)
+                absent = torch.rand(shape, generator=draw) < 0.15
+                return torch.where(absent, -1, ids) if name == "support_ids" else ids
             return torch.randint(SIZES["V"], shape, generator=draw)
         values = torch.randn(shape, generator=draw, dtype=dtype)
         if name.endswith(("log_probs", "log_weights")) and axes[-1] in ("K", "V", "J"):
             return values.log_softmax(-1)
-        if name.endswith(("log_probs", "logp", "log_mass")):
+        if name.endswith(("log_probs", "logp", "log_mass", "log_tail")):
             return -values.abs() - 0.05
-        return values.abs() if name in ("reverse_kl", "forward_kl") else values
+        if name == "routing":  # a share: some entries empty, the others sum to 1
+            return torch.where(values < 0, -torch.inf, values).softmax(-1).nan_to_num()
+        if name in ("total_variation", "verdict"):
+            return values.sigmoid()
+        positive = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "amount")
+        return values.abs() if name in positive else values
 
     def distributions(self) -> list[str]:
         """Arguments that are log-distributions over a support."""
@@ -139,6 +255,7 @@ def formulas() -> Iterator[Formula]:
             if inspect.isfunction(value)
             and value.__module__ == module.__name__
             and not key.startswith("_")
+            and inspect.signature(value).return_annotation != "bool"  # asks about formulas
         }
         assert set(module.__all__) <= set(public), f"opd.formula.{name}.__all__ names no function"
         for key, function in public.items():

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from opd.head import HeadOutput, linear_head
+from opd.head import HeadOutput, linear_head, log_probs_of
 from opd.objective import Method, Objective
 from opd.rollout.pack import pack_rollout, split, with_token
 from opd.types import (
@@ -129,7 +129,10 @@ class Case:
             )
             for name, logits in self.teacher_logits.items()
         }
-        return with_token(packed, views=views, **token)
+        likeliest = log_probs_of(
+            self.rows(self.student_logits), identity(self.vocab_size), merge_ids=merge_ids
+        ).argsort(-1, descending=True)
+        return with_token(packed, **{"views": views, "student_top_ids": likeliest, **token})
 
     def reference_inputs(self, view: str = "teacher") -> tuple[npt.NDArray[Any], ...]:
         """Positional arguments of the transcriptions that read a teacher."""

@@ -27,7 +27,9 @@ from opd import catalog
 from opd.cli.main import COMMANDS, main
 from opd.data.tasks import SPLITS, Task
 from opd.objective import Method
+from opd.terms import TERMS
 from opd.training.config import (
+    Run,
     from_tree,
     load,
     overridden,
@@ -201,7 +203,7 @@ def test_the_versions_agree() -> None:
 def test_the_readme_lists_every_extra_of_the_package_and_no_other() -> None:
     rows = re.findall(r"^\| (`.+`) \| .+ \|$", (ROOT / "README.md").read_text(), re.M)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named == set(project()["optional-dependencies"]) - {"bench", "dev"}
+    assert named == set(project()["optional-dependencies"]) - {"bench", "peers", "dev"}
 
 
 def test_the_changelog_names_every_method_and_command() -> None:
@@ -222,14 +224,19 @@ def test_toml_is_a_run_file_or_a_part_of_one(block: Block) -> None:
     tree = tomllib.loads(block.text)
     if not block.file:
         tree = {"student": {"model": "s"}, "data": {"prompts": "p"}} | tree
-    assert from_tree(tree, source=block.place)
+        if isinstance(table := tree.get("method"), dict) and "name" not in table:
+            terms = [{"kind": "dense", "divergence": "reverse_kl"}]
+            tree["method"] = {"name": "custom", "objective": {"terms": terms}, **table}
+    config = from_tree(tree, source=block.place)
+    if config.method.objective.get("terms") and not block.file:
+        assert build_method(Run(config, ROOT)).objective.terms
 
 
 def test_every_key_of_a_run_file_in_running_text_exists() -> None:
-    sections = "student|teacher|data|sampler|warmup|train|evaluate|log"
+    sections = "student|teacher|data|sampler|warmup|train|critic|evaluate|log"
     for page in PAGES:
         text = _FENCE.sub("", page.read_text(encoding="utf-8"))
-        named = re.findall(rf"`((?:{sections})\.\w[\w.]*)", text)
+        named = re.findall(rf"`((?:{sections})\.(?!py`)\w[\w.]*)", text)
         assert len(named) > 10 or page.name not in ("guide.md", "from_trl.md"), page
         for key in named:
             overridden({}, [(key, None)], source=page.name)
@@ -367,7 +374,7 @@ def test_the_guide_lists_every_key_of_a_term() -> None:
     text = (ROOT / "docs/guide.md").read_text()
     table = text[text.index("| key of a term |") :].split("\n\n", 1)[0]
     named = set(re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines())))
-    keys = {key for term in (opd.Dense, opd.Sampled) for key in term.__dataclass_fields__}
+    keys = {key for term in TERMS.values() for key in term.__dataclass_fields__}
     assert named == keys | {"kind"}
 
 
@@ -415,7 +422,7 @@ def test_the_page_of_the_run_folder_names_every_key_and_metric(finished: Path) -
     named |= {part for event in events for part in event.get("seconds", {})}
     named |= set(json.loads((finished / "summary.json").read_text()))
     metrics = {name for event in events for name in event.get("metrics", {})}
-    named |= {re.sub("^loss/.*", "loss/TERM", name) for name in metrics}
+    named |= {re.sub("^(loss|advantage)/.*", r"\1/TERM", name) for name in metrics}
     for name in named:
         assert f"`{name}`" in page or f'"{name}"' in page, name
 

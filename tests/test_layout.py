@@ -18,24 +18,26 @@ MODULES = {
 }
 
 TOP = {"types", "errors", "fields", "schedule"}
-CORE = TOP | {"user_code", "formula", "objective", "methods", "spec", "catalog"}
+CORE = TOP | {"user_code", "formula", "terms", "objective", "methods", "spec", "catalog"}
 PARTS = {"head", "models", "fastpath", "student", "data", "rollout", "teacher", "critic", "audit"}
 ALL_PARTS = CORE | PARTS
 
 # A part and what it may import; a part may always import itself.
 MAY_IMPORT: dict[str, set[str]] = {
-    "types": set(),
+    # a state source holds schedules
+    "types": {"schedule"},
     "errors": set(),
     "user_code": {"errors"},
-    "schedule": set(),
+    "schedule": {"errors"},
     "fields": set(),
     "catalog": set(),
     "formula": TOP,
-    "objective": TOP | {"formula"},
+    "terms": TOP | {"formula"},
+    "objective": TOP | {"formula", "terms"},
     # the index of methods is made of their docstrings
     "methods": TOP | {"formula", "objective", "catalog"},
-    "spec": TOP | {"formula", "objective", "methods", "user_code"},
-    "head": TOP | {"formula", "objective"},
+    "spec": TOP | {"formula", "terms", "objective", "methods", "user_code"},
+    "head": TOP | {"formula", "terms", "objective"},
     # a built-in model reads and writes with the tokenizer of its task
     "models": {"types", "errors", "formula", "data"},
     # another way through a backbone, for whoever runs one
@@ -47,7 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # a local teacher scores micro-batches, which pack cuts
     "teacher": {"types", "errors", "data", "models", "head", "rollout", "fastpath"},
     "critic": TOP | {"formula"},
-    "audit": TOP | {"formula", "objective"},
+    # the oracle enumerates through the very path that trains: pack, signal phase and head
+    "audit": TOP | {"formula", "objective", "head", "rollout"},
     "diagnose": ALL_PARTS,
     "training": ALL_PARTS | {"diagnose"},
     "report": {"types", "errors"},

@@ -18,6 +18,7 @@ from opd.objective import (
     Objective,
     Sampled,
     chosen_rows,
+    describe,
     field_key,
     token_field,
 )
@@ -208,6 +209,27 @@ def test_every_choice_is_part_of_the_hash(changes: dict[str, Any]) -> None:
     assert plain.composition_hash != with_states.composition_hash
     warm = replace(plain, objective=Objective(REVERSE_KL, temperature=2.0))
     assert plain.composition_hash != warm.composition_hash
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student": 0.5, "replay": 0.5},
+        {"horizon": 4},
+        {"teacher_prefix": Linear(4, 0, 5)},
+        {"mixture": 0.2},
+        {"interleave": 4},
+        {"rewrite": 0.5},
+    ],
+    ids=lambda changes: list(changes)[-1],
+)
+def test_how_text_is_written_is_part_of_the_hash_only_where_it_is_chosen(
+    changes: dict[str, Any],
+) -> None:
+    plain = Method(Objective(REVERSE_KL))
+    other = replace(plain, states=StateSource(**changes))
+    assert plain.composition_hash != other.composition_hash
+    assert not describe(plain.states).keys() & changes.keys() - {"student"}
 
 
 def test_labels_and_names_are_no_part_of_the_hash() -> None:

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd import schedule
-from opd.schedule import Cosine, Linear, Schedule
+from opd.errors import ConfigError
+from opd.schedule import Cosine, Linear, Schedule, Switch
+from opd.types import Stat
 
-KINDS = [getattr(schedule, name) for name in schedule.__all__]
-each_kind = pytest.mark.parametrize("kind", KINDS)
+BY_STEP = [getattr(schedule, name) for name in schedule.__all__ if name != "Switch"]
+each_kind = pytest.mark.parametrize("kind", BY_STEP)
 real = st.floats(-100, 100)
 
 
@@ -51,3 +53,50 @@ def test_a_schedule_is_pure_and_keeps_the_state_it_is_given(kind: Any) -> None:
 def test_a_schedule_takes_at_least_one_step(kind: Any, steps: int) -> None:
     with pytest.raises(ValueError, match=f"steps >= 1, got {steps}"):
         kind(0.0, 1.0, steps)
+
+
+# --------------------------------------------------------------------------------------------
+# A switch
+
+COLLAPSE = Switch(1.0, 0.2, "student/entropy", below=0.5)
+
+
+def entropy(mean: float) -> dict[str, Stat]:
+    return {"student/entropy": Stat(4 * mean, 4.0), "other": Stat(0.0, 1.0)}
+
+
+def test_a_switch_is_thrown_once_and_for_good() -> None:
+    values, state = [], None
+    for step, mean in enumerate([0.9, 0.5, 0.4, 0.9, 0.1]):
+        value, state = COLLAPSE.at(step, entropy(mean), state)
+        values.append(value)
+    assert values == [1.0, 1.0, 0.2, 0.2, 0.2]
+    assert COLLAPSE.reachable() == (0.2, 1.0)
+    assert isinstance(COLLAPSE, Schedule)
+
+
+def test_a_switch_may_wait_for_a_rise() -> None:
+    rising = Switch(0.0, 3.0, "other", above=-1.0)
+    assert rising.at(0, {}, None) == (0.0, False)
+    assert rising.at(1, entropy(0.9), False) == (3.0, True)
+
+
+def test_a_switch_that_watches_nothing_measured_says_so_once_something_was() -> None:
+    misspelt = Switch(0.0, 1.0, "student/entopy", below=1.0)
+    assert misspelt.at(0, {}, None)[0] == 0.0
+    with pytest.raises(ConfigError, match="Did you mean 'student/entropy'"):
+        misspelt.at(1, entropy(0.9), False)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"statistic": "a"}, "one threshold, above or below"),
+        ({"statistic": "a", "above": 1.0, "below": 2.0}, "one threshold, above or below"),
+        ({"statistic": "", "above": 1.0}, "watches a statistic by name"),
+        ({"statistic": "a", "above": math.nan}, "threshold must be a finite number"),
+    ],
+)
+def test_a_switch_needs_one_threshold_and_a_name(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Switch(0.0, 1.0, **knobs)

@@ -17,7 +17,13 @@ from opd.errors import ConfigError
 from opd.formula import credit, divergence, reward, support, surrogate, weight
 from opd.objective import Dense, Method, Objective, Sampled
 from opd.schedule import Cosine, Linear
-from opd.spec import method_from_tree, objective_to_tree, user_files
+from opd.spec import (
+    method_from_tree,
+    objective_to_tree,
+    states_to_tree,
+    user_files,
+    views_to_tree,
+)
 from opd.training.config import from_tree, to_toml
 from opd.types import StateSource, TeacherView
 from opd.user_code import find_function
@@ -27,8 +33,12 @@ REFERENCE = TeacherView("reference", "initial_student")
 
 def through_toml(method: Method) -> Method:
     """Method to tree, to the text of a run file, and back."""
-    states = vars(method.states)
-    described = {"name": "custom", "objective": objective_to_tree(method.objective)}
+    states = states_to_tree(method.states)
+    described = {
+        "name": "custom",
+        "objective": objective_to_tree(method.objective),
+        "views": views_to_tree(method),
+    }
     config = from_tree(
         {
             "student": {"model": "none"},
@@ -37,7 +47,12 @@ def through_toml(method: Method) -> Method:
         }
     )
     table = tomllib.loads(to_toml(config))["method"]
-    return method_from_tree(table["name"], objective=table["objective"], states=table.get("states"))
+    return method_from_tree(
+        table["name"],
+        objective=table["objective"],
+        states=table.get("states"),
+        views=table["views"],
+    )
 
 
 def assert_survives(method: Method) -> None:
@@ -78,7 +93,17 @@ ELABORATE = Method(
         Dense(divergence=divergence.reverse_kl, against="reference", coef=0.01),
         temperature=0.8,
     ),
-    StateSource(student=0.5, data=0.25, teacher=0.25),
+    StateSource(
+        student=0.25,
+        data=0.25,
+        teacher=0.25,
+        replay=0.25,
+        replay_steps=3,
+        horizon=Linear(8, 64, 10),
+        teacher_prefix=Linear(4, 0, 5),
+        mixture=Cosine(0.3, 0.0, 7),
+        rewrite=0.5,
+    ),
     (REFERENCE, TeacherView()),
 )
 
@@ -141,6 +166,87 @@ def test_any_composition_survives_the_run_file(choices: list[dict[str, Any]]) ->
         for view in sorted(objective.views())
     )
     assert_survives(Method(objective, views=views))
+
+
+VIEWS = (
+    TeacherView("teacher", "ema_student", context='{prompt} "hint": {{{answer}}}\n', decay=0.99),
+    TeacherView("teacher.big"),
+    REFERENCE,
+    TeacherView("teacher.self", "student", context="hint"),
+    TeacherView(
+        "teacher.mix",
+        "combination",
+        parts=(("teacher.big", 1.5), ("reference", -0.5), ("student", Linear(0.8, 0.0, 9))),
+    ),
+)
+
+
+def test_views_survive_the_run_file() -> None:
+    against = {"a": "teacher", "b": "teacher.mix", "c": "teacher.self"}
+    terms = [
+        Dense(divergence=divergence.reverse_kl, against=view, name=name)
+        for name, view in against.items()
+    ]
+    assert_survives(Method(Objective(*terms), views=VIEWS))
+    assert_survives(Method(Objective(*terms), views=VIEWS[::-1]))
+
+
+def test_a_view_without_a_table_is_the_teacher_or_the_student_at_step_0() -> None:
+    mix = {"name": "teacher.mix", "source": "combination"}
+    parts = {"teacher.big": 2, "reference": -1, "student": 0.5}
+    term = {"kind": "dense", "divergence": "reverse_kl", "against": "teacher.mix"}
+    made = method_from_tree("custom", objective={"terms": [term]}, views=[{**mix, "parts": parts}])
+    assert {view.name: view.source for view in made.views} == {
+        "teacher.mix": "combination",
+        "teacher.big": "teacher",
+        "reference": "initial_student",
+    }
+
+
+@pytest.mark.parametrize(
+    ("view", "words"),
+    [
+        ({"nam": "teacher"}, "method.views[0]: unknown key 'nam'. Did you mean 'name'?"),
+        ({"source": "ema"}, "source must be one of 'teacher'"),
+        ({"source": "combination", "parts": [["a", 1]]}, "method.views[0].parts = [['a', 1]]"),
+        (
+            {"source": "combination", "parts": {"reference": {"schedule": "linea"}}},
+            "method.views[0].parts.reference: a table here is a schedule. Did you mean 'linear'?",
+        ),
+        (
+            {"source": "combination", "parts": {"teacher": 1}},
+            "method.views: the view 'teacher' is combined from itself",
+        ),
+    ],
+)
+def test_a_table_of_a_view_that_cannot_be_used_is_named(view: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        method_from_tree(
+            "custom",
+            objective={"terms": [{"kind": "dense", "divergence": "reverse_kl"}]},
+            views=[view],
+        )
+    assert words in str(caught.value)
+
+
+def test_what_a_view_adds_changes_the_composition_and_what_it_leaves_out_does_not() -> None:
+    objective = Objective(Dense(divergence=divergence.reverse_kl))
+    plain = Method(objective)
+    spelled = Method(objective, views=(TeacherView("teacher", "teacher", "", (), 0.0),))
+    assert spelled.composition_hash == plain.composition_hash
+    others = [
+        Method(objective, views=(view,))
+        for view in (
+            TeacherView(context="{prompt}"),
+            TeacherView(source="student", context="{prompt}"),
+            TeacherView(source="ema_student", decay=0.9),
+            TeacherView(source="ema_student", decay=0.99),
+            TeacherView(source="combination", parts=(("student", 1),)),
+            TeacherView(source="combination", parts=(("student", 2),)),
+        )
+    ]
+    hashes = {method.composition_hash for method in (plain, *others)}
+    assert len(hashes) == 1 + len(others)
 
 
 # --------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from opd.types import (
     add_stats,
     pack_rows,
     unpack_rows,
+    with_parts,
 )
 
 JSD = divergence.generalized_jsd
@@ -80,9 +83,129 @@ def test_shares_of_the_state_source_are_a_distribution(shares: tuple[float, ...]
         StateSource(*shares)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"student": 0.5, "replay": 0.25}, "sum to 1, got student=0.5"),
+        ({"student": math.nan}, "states.student must be a number, got nan"),
+        ({"mixture": 1.5}, r"mixture must be a number in \[0, 1\], got 1.5"),
+        ({"mixture": Linear(0.5, 2, 3)}, r"mixture must be a number in \[0, 1\]"),
+        ({"rewrite": -0.1}, r"rewrite must be a number in \[0, 1\]"),
+        ({"interleave": True}, "interleave must be a whole number >= 0, got True"),
+        ({"horizon": -1}, "horizon must be a whole number >= 0"),
+        ({"horizon": Linear(0, 5, 3)}, "must stay >= 1 over its schedule"),
+        ({"replay_steps": 0}, "replay_steps must be a whole number >= 1"),
+        ({"replay_steps": 4}, "does nothing without states.replay"),
+        ({"mixture": 0.5, "interleave": 4}, "mixture and states.interleave are two rules"),
+        ({"mixture": Linear(0.5, 0, 3), "interleave": 4}, "are two rules for the same token"),
+        ({"student": 0.0, "data": 1.0, "rewrite": 0.5}, "rewrite is about text the student writes"),
+        ({"student": 0.0, "teacher": 1.0, "mixture": 0.5}, "mixture is about text the student"),
+        ({"student": 0.0, "data": 0.5, "replay": 0.5}, "replay is about text the student writes"),
+        ({"horizon": 4, "teacher_prefix": 4}, "teacher_prefix reaches 4, which leaves the student"),
+        (
+            {"horizon": Linear(3, 9, 2), "teacher_prefix": Linear(5, 0, 2)},
+            "reaches 5, which leaves",
+        ),
+    ],
+)
+def test_states_that_make_no_sense_are_refused_by_name(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        StateSource(**fields)
+
+
+def test_scheduled_states_settle_to_the_values_of_the_step() -> None:
+    """Of 4 to 9 over 5 steps, step 2 is 6; of 3 to 0 over 4, 1.5 rounds to 2, half to even."""
+    source = StateSource(
+        horizon=Linear(4, 9, 5), teacher_prefix=Linear(3, 0, 4), mixture=Linear(1.0, 0.0, 4)
+    )
+    settled, _ = source.at(2, {}, {})
+    assert settled == StateSource(horizon=6, teacher_prefix=2, mixture=0.5)
+    assert isinstance(settled.horizon, int)
+    assert StateSource(rewrite=0.5).at(7, {}, {}) == (StateSource(rewrite=0.5), {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "helped"),
+    [
+        ({}, ()),
+        ({"horizon": 5, "student": 0.5, "replay": 0.5}, ()),
+        ({"mixture": Linear(0.5, 0, 3)}, ("mixture",)),
+        ({"teacher_prefix": 2, "rewrite": 0.1}, ("teacher_prefix", "rewrite")),
+        ({"interleave": 3}, ("interleave",)),
+    ],
+)
+def test_states_know_where_the_teacher_helps(
+    fields: dict[str, Any], helped: tuple[str, ...]
+) -> None:
+    assert StateSource(**fields).helped == helped
+    assert StateSource(**fields).teacher_writes == bool(helped)
+    assert StateSource(0.5, 0.0, 0.5).teacher_writes
+
+
 def test_a_view_has_a_known_source() -> None:
-    with pytest.raises(ValueError, match="must be 'teacher' or 'initial_student', got 'nobody'"):
+    with pytest.raises(ValueError, match=r"'initial_student', .*, got 'nobody'"):
         TeacherView("reference", "nobody")
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"name": ""}, "cannot be called ''"),
+        ({"name": "student"}, "cannot be called 'student'"),
+        ({"source": "ema_student"}, "needs one, such as 0.999"),
+        ({"source": "student", "decay": 0.9}, "decay belongs to source = 'ema_student'"),
+        ({"source": "ema_student", "decay": 1.0}, "must lie in"),
+        ({"source": "ema_student", "decay": -0.5}, "must lie in"),
+        ({"source": "combination"}, "needs at least one"),
+        ({"parts": (("reference", 1.0),)}, "parts belong to source = 'combination'"),
+        ({"source": "combination", "parts": (("a", math.inf),)}, "weight of 'a' must be a finite"),
+        ({"source": "combination", "parts": (("a", True),)}, "weight of 'a' must be a finite"),
+        ({"source": "combination", "parts": (("a", 1), ("a", 2))}, "'a' stands there twice"),
+        ({"source": "combination", "parts": (("a", 0.0), ("b", 0))}, "every part has weight 0"),
+        ({"source": "combination", "parts": (("a", 1),), "context": "x"}, "reads nothing itself"),
+    ],
+)
+def test_a_view_says_what_is_wrong_with_it(bad: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        TeacherView(**bad)
+
+
+def test_parts_come_before_what_is_combined_from_them() -> None:
+    inner = TeacherView("teacher.a", "combination", parts=(("teacher", 2), ("student", 1)))
+    outer = TeacherView("teacher.z", "combination", parts=(("teacher.a", 1), ("reference", -1)))
+    reference = TeacherView("reference", "initial_student")
+    views = (outer, reference, inner, TeacherView(), TeacherView("teacher.unread"))
+    names = [view.name for view in with_parts({"teacher.z"}, views)]
+    assert sorted(names) == ["reference", "teacher", "teacher.a", "teacher.z"]
+    assert names.index("teacher") < names.index("teacher.a") < names.index("teacher.z")
+    assert names.index("reference") < names.index("teacher.z")
+
+
+def test_the_order_in_which_parts_are_written_is_no_difference() -> None:
+    one, other = (
+        TeacherView("teacher", "combination", parts=parts)
+        for parts in ((("a", 1.0), ("b", 2.0)), (("b", 2.0), ("a", 1.0)))
+    )
+    assert one == other
+    assert hash(one) == hash(other)
+
+
+@pytest.mark.parametrize(
+    ("views", "words"),
+    [
+        ((("teacher", (("teacher", 1),)),), "combined from itself: teacher -> teacher"),
+        (
+            (("teacher", (("b", 1),)), ("b", (("c", 1),)), ("c", (("b", 1),))),
+            "combined from itself: b -> c -> b",
+        ),
+        ((("teacher", (("b", 1),)),), "'teacher' combines the view 'b', which the method does not"),
+        ((("teacher", (("student", 1),)),) * 2, "two views are called 'teacher'"),
+    ],
+)
+def test_views_that_cannot_be_combined_are_refused(views: Any, words: str) -> None:
+    made = [TeacherView(name, "combination", parts=parts) for name, parts in views]
+    with pytest.raises(ValueError, match=re.escape(words)):
+        with_parts({"teacher"}, made)
 
 
 @pytest.mark.parametrize(

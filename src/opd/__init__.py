@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opd.api import train
-    from opd.objective import Dense, Method, Objective, Sampled
+    from opd.objective import Dense, Method, Objective, Regulariser, Routed, Sampled
     from opd.training.check import Finding, check
     from opd.training.config import Run, load
     from opd.training.explain import Explanation, explain
@@ -31,6 +31,8 @@ __all__ = [
     "Measured",
     "Method",
     "Objective",
+    "Regulariser",
+    "Routed",
     "Run",
     "Sampled",
     "StepReport",
@@ -48,6 +50,8 @@ _HOMES = {
     "Measured": "opd.training.measure",
     "Method": "opd.objective",
     "Objective": "opd.objective",
+    "Regulariser": "opd.objective",
+    "Routed": "opd.objective",
     "Run": "opd.training.config",
     "Sampled": "opd.objective",
     "StepReport": "opd.training.loop",

@@ -13,7 +13,7 @@ from opd.data.verifiers import verifier_of
 from opd.errors import ConfigError
 from opd.models import LoadedModel, resolve_device, wrap_model
 from opd.objective import Method
-from opd.spec import objective_to_tree
+from opd.spec import objective_to_tree, states_to_tree, views_to_tree
 from opd.training.config import Run, from_tree, overridden
 from opd.training.loop import StepReport, train_run
 from opd.training.session import open_session
@@ -192,11 +192,11 @@ def _method_tree(method: str | Method) -> dict[str, Any]:
         return {"name": method}
     if method.name in methods.__all__ and getattr(methods, method.name)() == method:
         return {"name": method.name}
-    states = method.states
     return {
         "name": "custom",
         "objective": objective_to_tree(method.objective),
-        "states": {"student": states.student, "data": states.data, "teacher": states.teacher},
+        "views": views_to_tree(method),
+        "states": states_to_tree(method.states),
     }
 
 

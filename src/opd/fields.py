@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 Side = Literal["none", "student", "view", "both"]
 Scope = Literal["none", "sampled", "support", "top"]
@@ -32,8 +34,9 @@ class Field:
         scope: how much of it: the sampled token, the term's support, or its own top ids.
         coupled: the value depends on other tokens than the row's own, so a formula that
             takes it runs in the signal phase.
-        provider: a record (`rollout`, `student`, `view`), the slot before (`term`), or the
-            qualified name of the formula that computes the field on a support.
+        provider: a record (`rollout`, `student`, `view`, `critic`), the support itself
+            (`support`), the slot before (`term`), or the qualified name of the formula that
+            computes the field on a support.
     """
 
     shape: str
@@ -64,6 +67,44 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
         "teacher_log_probs": Field(
             "*n K", "the view on the support", "view", "support", False, "view"
         ),
+        "student_support_logp": Field(
+            "*n K",
+            "the student on the support's entries as it is, whatever the tail rule",
+            "student",
+            "support",
+            False,
+            "student",
+        ),
+        "teacher_support_logp": Field(
+            "*n K",
+            "the view on the support's entries as it is, whatever the tail rule",
+            "view",
+            "support",
+            False,
+            "view",
+        ),
+        "student_log_tail": Field(
+            "*n",
+            "log of the student's mass outside the support",
+            "student",
+            "support",
+            False,
+            "student",
+        ),
+        "teacher_log_tail": Field(
+            "*n", "log of the view's mass outside the support", "view", "support", False, "view"
+        ),
+        "support_ids": Field(
+            "*n K",
+            "ids of the support's entries; -1 where an entry is absent or a bucket",
+            "none",
+            "support",
+            False,
+            "support",
+        ),
+        "in_support": Field(
+            "*n", "the chosen token is one of the support", "none", "support", False, "support"
+        ),
         "student_top_ids": Field(
             "*n K", "the student's likeliest tokens", "student", "top", False, "student"
         ),
@@ -86,6 +127,14 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
             False,
             "opd.formula.divergence.forward_kl",
         ),
+        "total_variation": Field(
+            "*n",
+            "total variation distance on the support",
+            "both",
+            "support",
+            False,
+            "opd.formula.divergence.total_variation",
+        ),
         "student_entropy": Field(
             "*n",
             "entropy of the student on the support",
@@ -102,13 +151,43 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
             False,
             "opd.formula.divergence.teacher_entropy",
         ),
+        "student_hidden": Field(
+            "*n H", "the student's last hidden state, detached", "student", "none", False, "student"
+        ),
+        "special_ids": Field("S", "ids of the special tokens other than end tokens"),
         "reward": Field("*n", "the term's reward", provider="term"),
+        "credited": Field("*n", "the reward after credit, before a baseline", provider="term"),
         "advantage": Field("*n", "reward after credit and baseline", provider="term"),
+        "routing_score": Field("*n K", "how much an entry deserves mass", provider="term"),
+        "candidates": Field("*n K", "entries that may receive mass", provider="term"),
+        "routing": Field("*n K", "which share of the mass an entry receives", provider="term"),
+        "amount": Field("*n", "how much mass is moved", provider="term"),
+        "values": Field("*n", "the critic's value of the token's prefix", provider="critic"),
+        "bootstrap_value": Field(
+            "B",
+            "the critic's value of the state after the last token; 0 where the response ended",
+            coupled=True,
+            provider="critic",
+        ),
         "mask": Field("B T", "True where a loss may look", coupled=True),
         "group": Field("B", "index of the prompt within the batch", coupled=True),
         "verdict": Field("B", "the verifier's score of the response", coupled=True),
     }
 )
+
+
+def counted(hit: Callable[..., Any]) -> Callable[[F], F]:
+    """Mark a formula that replaces values: the share of rows where it does is logged.
+
+    Args:
+        hit: takes the formula's own arguments and knobs; True on the rows it changes.
+    """
+
+    def mark(function: F) -> F:
+        function.counted = hit  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 @cache

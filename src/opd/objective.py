@@ -1,11 +1,10 @@
 """Objectives: sums of terms, each a composition of formulas.
 
-A term says what it compares, against whom, on which rows, and how it is averaged. What its formulas
-need is read from their signatures (`opd.fields`), and from the needs follow the passes of a step.
-Two phases evaluate a term. *Coupled* quantities, which depend on other rows (returns, baselines
-over positions or groups), are settled once per optimizer step in the signal phase and detached;
-what is left is separable per row and is evaluated inside the student's head, a chunk of rows at a
-time.
+What the formulas of a term need is read from their signatures (`opd.fields`), and from the needs
+follow the passes of a step. Two phases evaluate a term. *Coupled* quantities, which depend on
+other rows (returns, baselines over positions or groups, quantiles), are settled once per optimizer
+step in the signal phase and detached; what is left is separable per row and is evaluated inside
+the student's head, a chunk of rows at a time.
 """
 
 from __future__ import annotations
@@ -13,23 +12,35 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.errors import ConfigError, OpdError, is_out_of_memory
 from opd.fields import FIELDS, is_coupled, positional_names
-from opd.formula import credit as credits
-from opd.formula import reduce
-from opd.formula import support as supports
-from opd.formula import surrogate as surrogates
 from opd.schedule import Schedule
+from opd.terms import (
+    REDUCTIONS,
+    TERMS,
+    Dense,
+    Regulariser,
+    Routed,
+    Sampled,
+    Term,
+    advantage_read,
+    changed_name,
+    counted_by,
+    field_key,
+    is_number,
+    parts,
+    source_label,
+    top_size,
+    weight_factor,
+    weight_slots,
+)
 from opd.types import (
     ROW_KINDS,
     Batch,
@@ -42,17 +53,26 @@ from opd.types import (
     TokenBatch,
     pack_rows,
     unpack_rows,
+    with_parts,
 )
 
-Slot = Callable[..., Any]
+__all__ = [
+    "Dense",
+    "Method",
+    "Objective",
+    "Regulariser",
+    "Routed",
+    "RowFields",
+    "Sampled",
+    "Term",
+    "chosen_rows",
+    "describe",
+    "field_key",
+    "token_field",
+]
 
-REDUCTIONS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
-    {
-        "token_mean": reduce.token_mean,
-        "sequence_mean": reduce.sequence_mean,
-        "sequence_sum": reduce.sequence_sum,
-    }
-)
+SETTLED = "coupled."
+"""Prefix under which a row's look-up finds results of the signal phase."""
 
 
 @runtime_checkable
@@ -60,138 +80,6 @@ class RowFields(Protocol):
     """Looks up a field for a chunk of rows; the student's own fields carry the gradient."""
 
     def __call__(self, key: FieldKey) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Differentiates a divergence over a support.
-
-    Attributes:
-        divergence: of `student_log_probs` and `teacher_log_probs`.
-        support: which entries are compared.
-        tail: `bucket` or `renormalise`; required unless the support is full.
-        weights: factors per row, multiplied, detached.
-        coef: the scalar in front.
-        against: whose distribution fills the teacher slot.
-        rows: which rows, by who chose their token: student, data, teacher or all.
-        reduction: `token_mean`, `sequence_mean` or `sequence_sum`.
-        name: label in metrics; made from the kind and the place if empty.
-    """
-
-    divergence: Slot
-    support: Slot = supports.full
-    tail: str = ""
-    weights: tuple[Slot, ...] = ()
-    coef: float | Schedule = 1.0
-    against: str = "teacher"
-    rows: str = "all"
-    reduction: str = "token_mean"
-    name: str = ""
-    kind: ClassVar[str] = "dense"
-
-    def __post_init__(self) -> None:
-        _normalise(self, "divergence", "support")
-        _check_term(self)
-        _check_tail(self)
-
-    def row_loss(self, label: str, look_up: RowFields) -> Float[Tensor, " n"]:
-        """One unreduced, weighted loss per row."""
-        value: Tensor = _call(self.divergence, lambda name: look_up(self.key(name)))
-        return _weighted(value, self, label, look_up)
-
-    def slots(self) -> Iterator[tuple[str, Bound]]:
-        """Every function of the term with the name of its place."""
-        yield "divergence", Bound.of(self.divergence)
-        yield "support", Bound.of(self.support)
-        yield from _weight_slots(self)
-
-    def key(self, name: str) -> FieldKey:
-        """The field `name` as this term sees it."""
-        return _key(self, name)
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Turns a reward of the sampled token into an advantage and scores the token with it.
-
-        advantage = credit(reward) - baseline,   loss = surrogate(student_logp, advantage)
-
-    Attributes:
-        reward: per token, detached.
-        credit: which rewards a token answers for.
-        baseline: subtracted after credit; None for none.
-        surrogate: the loss of the token's log-probability.
-        support: where a baseline over the vocabulary is evaluated.
-        tail: `bucket` or `renormalise`, for that support; required unless it is full.
-        weights, coef, against, rows, reduction, name: as in `Dense`.
-    """
-
-    reward: Slot
-    credit: Slot = credits.immediate
-    baseline: Slot | None = None
-    surrogate: Slot = surrogates.score
-    support: Slot = supports.full
-    tail: str = ""
-    weights: tuple[Slot, ...] = ()
-    coef: float | Schedule = 1.0
-    against: str = "teacher"
-    rows: str = "all"
-    reduction: str = "token_mean"
-    name: str = ""
-    kind: ClassVar[str] = "sampled"
-
-    def __post_init__(self) -> None:
-        _normalise(self, "reward", "credit", "baseline", "surrogate", "support")
-        _check_term(self)
-        _check_tail(self)
-
-    @property
-    def advantage_is_coupled(self) -> bool:
-        """Whether the advantage depends on more than its own row."""
-        parts = (self.reward, self.credit, self.baseline)
-        return any(is_coupled(Bound.of(part).function) for part in parts if part is not None)
-
-    def row_loss(self, label: str, look_up: RowFields) -> Float[Tensor, " n"]:
-        """One unreduced, weighted loss per row."""
-        if self.advantage_is_coupled:
-            advantage = look_up(FieldKey(f"coupled.advantage.{label}"))
-        else:
-            advantage = self.advantage(lambda name: look_up(self.key(name)))
-        value = _call(
-            self.surrogate,
-            lambda name: advantage if name == "advantage" else look_up(self.key(name)),
-        )
-        return _weighted(value, self, label, look_up)
-
-    def advantage(self, look_up: Callable[[str], Tensor]) -> Tensor:
-        """Reward, then credit, then minus the baseline; the shape is that of the fields."""
-        reward: Tensor = _call(self.reward, look_up)
-
-        def with_reward(name: str) -> Tensor:
-            return reward if name == "reward" else look_up(name)
-
-        credited: Tensor = _call(self.credit, with_reward)
-        if self.baseline is None:
-            return credited.detach()
-        subtracted: Tensor = _call(self.baseline, with_reward)
-        return (credited - subtracted).detach()
-
-    def slots(self) -> Iterator[tuple[str, Bound]]:
-        """Every function of the term with the name of its place."""
-        yield "reward", Bound.of(self.reward)
-        yield "credit", Bound.of(self.credit)
-        if self.baseline is not None:
-            yield "baseline", Bound.of(self.baseline)
-        yield "surrogate", Bound.of(self.surrogate)
-        yield "support", Bound.of(self.support)
-        yield from _weight_slots(self)
-
-    def key(self, name: str) -> FieldKey:
-        """The field `name` as this term sees it."""
-        return _key(self, name)
-
-
-Term = Dense | Sampled
 
 
 @dataclass(frozen=True, init=False)
@@ -210,7 +98,7 @@ class Objective:
     def __init__(self, *terms: Term, temperature: float = 1.0) -> None:
         if not terms:
             raise ValueError("an objective needs at least one term")
-        if not _is_number(temperature) or temperature <= 0:
+        if not is_number(temperature) or temperature <= 0:
             raise ValueError(f"the objective's temperature must be > 0, got {temperature}")
         object.__setattr__(self, "terms", tuple(terms))
         object.__setattr__(self, "temperature", float(temperature))
@@ -218,40 +106,71 @@ class Objective:
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two terms are called {sorted(twice)[0]!r}; give each its own name")
+        self._check_references()
 
     def labelled(self) -> Iterator[tuple[str, Term]]:
         """Terms with the labels that metrics and coupled quantities use."""
         for place, term in enumerate(self.terms):
             yield term.name or (term.kind if place == 0 else f"{term.kind}_{place + 1}"), term
 
+    def parts(self) -> Iterator[tuple[str, Term]]:
+        """Terms and the terms inside them, with their labels."""
+        for label, term in self.labelled():
+            yield from parts(label, term)
+
     @property
     def coupled(self) -> bool:
         """Whether a signal phase is needed."""
         return any(
-            is_coupled(bound.function) for _, term in self.labelled() for _, bound in term.slots()
+            (term.preserve_mass and term.weights)
+            or any(is_coupled(bound.function) for _, bound in term.slots())
+            for _, term in self.parts()
         )
 
     @property
     def needs(self) -> frozenset[Need]:
         """Everything the formulas read, as (view, field, support, k), over all schedules."""
         found: set[Need] = set()
-        for _, term in self.labelled():
-            for name, support in _asked(term):
-                found |= set(_need(term, name, support))
+        for _, term in self.parts():
+            for name, reader in _asked(term):
+                found |= set(_need(term, name, reader))
+        if (taught := self.critic_term) is not None:  # what a critic learns from
+            found.add(Need("student", "log_probs", "full"))
+            found.add(Need(taught.against, "log_probs", "full"))
         return frozenset(found)
 
     def field_names(self) -> frozenset[str]:
         """Names of all fields that some slot asks for."""
-        return frozenset(name for _, term in self.labelled() for name, _ in _asked(term))
+        return frozenset(name for _, term in self.parts() for name, _ in _asked(term))
+
+    @property
+    def critic_term(self) -> Sampled | None:
+        """The sampled term that reads the values of a learned critic; None: none does.
+
+        Raises:
+            ValueError: several do, against different views: one critic knows one of them.
+        """
+        found = [
+            term
+            for _, term in self.sampled()
+            if any(_provider(name) == "critic" for name, _ in _asked(term))
+        ]
+        views = sorted({term.against for term in found})
+        if len(views) > 1:
+            raise ValueError(
+                f"terms against {' and '.join(map(repr, views))} read the values of a critic, and "
+                "one critic learns the value of one view; keep one of them"
+            )
+        return found[0] if found else None
 
     def support_size(self, field_name: str) -> int:
         """The largest k with which `student_top_ids` or `teacher_top_ids` is read; 0: never."""
         return max(
             (
-                _reach(dict(bound.knobs)["k"])
-                for _, term in self.labelled()
+                _reach(top_size(field_name, bound) or 0)
+                for _, term in self.parts()
                 for _, bound in term.slots()
-                if field_name in positional_names(bound.function) and "k" in dict(bound.knobs)
+                if field_name in positional_names(bound.function)
             ),
             default=0,
         )
@@ -262,24 +181,29 @@ class Objective:
 
     # -- update phase ------------------------------------------------------------------------
 
-    def row_losses(self, look_up: RowFields) -> dict[str, Float[Tensor, " n"]]:
-        """Per term: coefficient times weights times loss, per row, before the reduction."""
-        return {label: term.row_loss(label, look_up) for label, term in self.labelled()}
+    def row_losses(
+        self, look_up: RowFields, notes: dict[str, Tensor] | None = None
+    ) -> dict[str, Float[Tensor, " n"]]:
+        """Per term: coefficient times weights times loss, per row, before the reduction.
+
+        Args:
+            look_up: the fields of the rows.
+            notes: receives per-row numbers for the metrics, by path-like name.
+        """
+        rows = _UpdatePhase(self, look_up, {} if notes is None else notes)
+        return {label: term.row_loss(label, rows) for label, term in self.labelled()}
 
     # -- signal phase ------------------------------------------------------------------------
 
     def signal_keys(self) -> frozenset[FieldKey]:
         """The per-row fields the signal phase starts from."""
         keys: set[FieldKey] = set()
-        for _, term in self.labelled():
-            for place, bound in term.slots():
-                if not _runs_in_signal_phase(term, place, bound):
-                    continue
-                keys |= {
-                    term.key(name)
-                    for name in positional_names(bound.function)
-                    if name in FIELDS and FIELDS[name].side != "none"
-                }
+        for _, term, bound in self._signal_slots():
+            keys |= {
+                term.key(name, bound)
+                for name in positional_names(bound.function)
+                if name in FIELDS and _is_computed(name)
+            }
         return frozenset(keys)
 
     def signal(
@@ -291,21 +215,61 @@ class Objective:
             token: the whole batch of the optimizer step.
             values: the fields of `signal_keys`, packed to N rows.
         """
-        settled: dict[str, Tensor] = {}
-        for label, term in self.labelled():
-
-            def look_up(name: str, term: Term = term) -> Tensor:
-                key = term.key(name)
-                if key in values:
-                    return unpack_rows(values[key], token.mask)
-                return token_field(token, name)
-
-            if isinstance(term, Sampled) and term.advantage_is_coupled:
-                settled[f"advantage.{label}"] = term.advantage(look_up)
-            for place, bound in _weight_slots(term):
+        phase = _SignalPhase(self, token, values)
+        for label, sampled in self.sampled():
+            if sampled.advantage_is_coupled:
+                phase.results[f"advantage.{label}"] = phase.advantage(label)
+        for label, term in self.parts():
+            if term.preserve_mass and term.weights:
+                phase.results[f"weight.{label}"] = phase.weights_of_kept_mass(label, term)
+                continue
+            for place, bound in weight_slots(term):
                 if is_coupled(bound.function):
-                    settled[f"weight.{label}.{place}"] = _call(bound, look_up).detach()
-        return settled
+                    factor = weight_factor(term, label, bound, phase)
+                    phase.results[f"weight.{label}.{place}"] = factor
+        return phase.results
+
+    def sampled(self) -> Iterator[tuple[str, Sampled]]:
+        """The sampled terms, those inside routes among them, with their labels."""
+        for label, term in self.parts():
+            if isinstance(term, Sampled):
+                yield label, term
+
+    def _signal_slots(self) -> Iterator[tuple[str, Term, Bound]]:
+        """The functions that run in the signal phase, with their terms."""
+        advantages = {label for label, term in self.sampled() if term.advantage_is_coupled}
+        for label, term in self.parts():
+            keeps_mass = term.preserve_mass and bool(term.weights)
+            if keeps_mass and isinstance(term, Sampled):
+                advantages.add(label)
+            for _, bound in weight_slots(term):
+                if not keeps_mass and not is_coupled(bound.function):
+                    continue
+                yield label, term, bound
+                if (read := advantage_read(label, term, bound)) is not None:
+                    advantages.add(self._label_of(read))
+        for label, sampled in self.sampled():
+            if label in advantages:
+                for _, bound in sampled.advantage_slots():
+                    yield label, sampled, bound
+
+    def _label_of(self, read: str) -> str:
+        """The label of the sampled term that `of = read` means: its own, or its route's."""
+        known = {label for label, _ in self.sampled()}
+        return read if read in known else source_label(read)
+
+    def _check_references(self) -> None:
+        known = {label for label, _ in self.sampled()}
+        for label, term in self.parts():
+            for place, bound in term.slots():
+                read = advantage_read(label, term, bound)
+                in_weights = place.startswith(("weights", "gates"))
+                if in_weights and read is not None and self._label_of(read) not in known:
+                    raise ValueError(
+                        f"{place} of {label!r}: {bound.name} reads the advantage of {read!r}, and "
+                        f"no sampled term is called that; there are: "
+                        f"{', '.join(sorted(known)) or 'none'}; name one with `of`"
+                    )
 
     # -- reduction ---------------------------------------------------------------------------
 
@@ -331,18 +295,7 @@ class Objective:
             number, new[path] = value.at(step, stats, old.get(path))
             return number
 
-        terms = []
-        for label, term in self.labelled():
-            changed: dict[str, Any] = {"coef": settle(f"{label}.coef", term.coef)}
-            for item in fields(term):
-                value = getattr(term, item.name)
-                if isinstance(value, Bound):
-                    changed[item.name] = _settle_bound(value, f"{label}.{item.name}", settle)
-            changed["weights"] = tuple(
-                _settle_bound(Bound.of(weight), f"{label}.weights.{place}", settle)
-                for place, weight in enumerate(term.weights)
-            )
-            terms.append(replace(term, **changed))
+        terms = (_settle_term(term, label, settle) for label, term in self.labelled())
         return Objective(*terms, temperature=self.temperature), new
 
 
@@ -363,18 +316,19 @@ class Method:
     name: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
-        known = {view.name for view in self.views}
-        missing = self.objective.views() - known
-        if missing:
-            raise ValueError(
-                f"the objective reads the view {sorted(missing)[0]!r}, which the method does not "
-                f"declare; declared: {', '.join(sorted(known)) or 'none'}"
-            )
+        with_parts({*self.objective.views(), *(view.name for view in self.views)}, self.views)
 
     def at(self, step: int, stats: Mapping[str, Stat], state: Any) -> tuple[Method, Any]:
         """The method as it stands at `step`, schedules settled, and the state to keep. Pure."""
         objective, kept = self.objective.at(step, stats, state)
-        return replace(self, objective=objective), kept
+        views = []
+        for view in self.views:
+            settled, own = view.at(step, stats, state or {})
+            views.append(settled)
+            kept |= own
+        states, own = self.states.at(step, stats, state or {})
+        settled_method = replace(self, objective=objective, states=states, views=tuple(views))
+        return settled_method, kept | own
 
     @property
     def composition_hash(self) -> str:
@@ -397,8 +351,13 @@ def describe(value: Any) -> Any:
     if isinstance(value, tuple):
         return [describe(part) for part in value]
     if hasattr(value, "__dataclass_fields__"):
-        plain = {item.name: describe(getattr(value, item.name)) for item in fields(value)}
-        plain.pop("name", None) if isinstance(value, Dense | Sampled) else None
+        # a field at its default is left out, so that a new one changes no old hash
+        plain = {
+            item.name: describe(getattr(value, item.name))
+            for item in fields(value)
+            if not _is_default(item, getattr(value, item.name))
+        }
+        plain.pop("name", None) if isinstance(value, tuple(TERMS.values())) else None
         return {"kind": getattr(value, "kind", type(value).__name__), **plain}
     if isinstance(value, float) and value.is_integer():
         return int(value)  # equal numbers look the same, however a run file spells them
@@ -442,191 +401,174 @@ def chosen_rows(token: TokenBatch, rows: str) -> Tensor:
     return chosen & token.mask
 
 
+def _is_default(item: Field[Any], value: Any) -> bool:
+    default = item.default
+    if item.default_factory is not MISSING:
+        default = item.default_factory()
+    elif isinstance(value, Bound) and callable(default):
+        default = Bound.of(default)
+    return bool(default == value)
+
+
+# --------------------------------------------------------------------------------------------
+# The two phases
+
+
+class _UpdatePhase:
+    """Fields of a chunk of rows, settled results packed to them."""
+
+    def __init__(self, objective: Objective, look_up: RowFields, notes: dict[str, Tensor]) -> None:
+        self.field = look_up
+        self._sampled = dict(objective.sampled())
+        self._label_of = objective._label_of
+        self._notes = notes
+        self._advantages: dict[str, Tensor] = {}
+
+    def settled(self, name: str) -> Tensor:
+        return self.field(FieldKey(SETTLED + name))
+
+    def note(self, name: str, value: Tensor) -> None:
+        self._notes[name] = value.detach()
+
+    def advantage(self, label: str) -> Tensor:
+        label = self._label_of(label)
+        if label not in self._advantages:
+            self._advantages[label] = self._advantage(label, self._sampled[label])
+        return self._advantages[label]
+
+    def _advantage(self, label: str, term: Sampled) -> Tensor:
+        if not term.advantage_is_coupled:
+            return term.advantage(label, self)
+        for _, bound in term.advantage_slots():
+            if counted_by(bound):
+                name = changed_name(label, bound)
+                self.note(name, self.settled(name))
+        return self.settled(f"advantage.{label}")
+
+
+class _SignalPhase:
+    """Fields of the whole step, `[B, T]`; what is settled gathers in `results`."""
+
+    def __init__(
+        self, objective: Objective, token: TokenBatch, values: Mapping[FieldKey, Tensor]
+    ) -> None:
+        self.results: dict[str, Tensor] = {}
+        self._token, self._values = token, values
+        self._sampled = dict(objective.sampled())
+        self._label_of = objective._label_of
+        self._advantages: dict[str, Tensor] = {}
+
+    def field(self, key: FieldKey) -> Tensor:
+        if key in self._values:
+            return unpack_rows(self._values[key], self._token.mask)
+        return token_field(self._token, key.name)
+
+    def settled(self, name: str) -> Tensor:
+        return self.results[name]
+
+    def note(self, name: str, value: Tensor) -> None:
+        self.results[name] = value
+
+    def advantage(self, label: str) -> Tensor:
+        label = self._label_of(label)
+        if label not in self._advantages:
+            self._advantages[label] = self._sampled[label].advantage(label, self)
+        return self._advantages[label]
+
+    def weights_of_kept_mass(self, label: str, term: Term) -> Float[Tensor, "B T"]:
+        """The product of the weights, scaled to keep the step's sum of what they multiply.
+
+            w' = w * sum(m) / sum(w * m),  m = |advantage| of a sampled term, 1 of another
+
+        All zero where the weights leave nothing.
+        """
+        chosen = chosen_rows(self._token, term.rows)
+        weight = chosen.double()
+        for _, bound in weight_slots(term):
+            weight = torch.where(chosen, weight * weight_factor(term, label, bound, self), 0.0)
+        mass = torch.ones_like(weight)
+        if isinstance(term, Sampled):
+            mass = torch.where(chosen, self.advantage(label).abs(), 0.0)
+        before, after = (mass * chosen).sum(), (mass * weight).sum()
+        return weight * torch.where(after > 0, before / after, 0.0)
+
+
 # --------------------------------------------------------------------------------------------
 # What a term's functions ask for
 
 
 def _asked(term: Term) -> Iterator[tuple[str, Bound]]:
-    """(field, support) pairs, with formulas on a support unfolded into what they read."""
-    support = Bound.of(term.support)
+    """(field, reader) pairs, with formulas on a support unfolded into what they read."""
     for _, bound in term.slots():
         for name in positional_names(bound.function):
-            yield name, support
-            provider = FIELDS[name].provider if name in FIELDS else "rollout"
-            if "." in provider:
+            yield name, bound
+            if "." in _provider(name):
                 if FIELDS[name].side in ("student", "both"):
-                    yield "student_log_probs", support
+                    yield "student_log_probs", bound
                 if FIELDS[name].side in ("view", "both"):
-                    yield "teacher_log_probs", support
+                    yield "teacher_log_probs", bound
 
 
-def _need(term: Term, name: str, support: Bound) -> Iterator[Need]:
+def _provider(name: str) -> str:
+    return FIELDS[name].provider if name in FIELDS else "rollout"
+
+
+def _is_computed(name: str) -> bool:
+    """Whether a field is computed from the student's or a view's scores, not held by the rollout"""
+    return FIELDS[name].side != "none" or FIELDS[name].provider == "support"
+
+
+def _need(term: Term, name: str, reader: Bound) -> Iterator[Need]:
     entry = FIELDS.get(name)
     if entry is None or entry.side == "none":
         return
-    k = _reach(dict(support.knobs).get("k", 0))
+    support = Bound.of(term.support)
     where = {"sampled": "sampled", "support": support.short_name, "top": "own_top"}[entry.scope]
-    size = k if entry.scope in ("support", "top") else 0
+    size = 0
+    if entry.scope == "support":
+        size = sum(
+            _reach(k) for knob, k in support.knobs if knob in ("k", "teacher_k", "student_k")
+        )
+    elif entry.scope == "top":
+        size = _reach(top_size(name, reader) or 0)
     plain = {
         "student_logp": "logp",
         "teacher_logp": "logp",
-        "student_log_probs": "log_probs",
-        "teacher_log_probs": "log_probs",
         "student_top_ids": "top_ids",
         "teacher_top_ids": "top_ids",
     }.get(name, name)
+    if entry.scope == "support" and "." not in entry.provider:
+        plain = "log_probs"  # tails and raw entries are read off the same distribution
     if entry.side in ("student", "both"):
         yield Need("student", plain, where, size)
     if entry.side in ("view", "both"):
         yield Need(term.against, plain, where, size)
 
 
-def field_key(name: str, against: str, support: Bound | None = None, tail: str = "") -> FieldKey:
-    """The key of a field for a term against a view; equal keys hold equal values.
-
-    The whole vocabulary is written as no support; a field that no view can change has no view.
-    """
-    entry = FIELDS.get(name)
-    if entry is None or entry.side == "none":
-        return FieldKey(name)
-    whole = support is None or support.function is supports.full
-    if entry.scope != "support" or whole:
-        return FieldKey(name, against if entry.side in ("view", "both") else "")
-    return FieldKey(name, against, support, tail)
-
-
-def _key(term: Term, name: str) -> FieldKey:
-    return field_key(name, term.against, Bound.of(term.support), term.tail)
-
-
-def _runs_in_signal_phase(term: Term, place: str, bound: Bound) -> bool:
-    if place.startswith("weights."):
-        return is_coupled(bound.function)
-    advantage = place in ("reward", "credit", "baseline")
-    return advantage and isinstance(term, Sampled) and term.advantage_is_coupled
-
-
-def _weight_slots(term: Term) -> Iterator[tuple[str, Bound]]:
-    for place, weight in enumerate(term.weights):
-        yield f"weights.{place}", Bound.of(weight)
-
-
-def _weighted(value: Tensor, term: Term, label: str, look_up: RowFields) -> Tensor:
-    """Multiply a row's loss with the term's weights and coefficient; closed gates stop NaNs."""
-    for place, bound in _weight_slots(term):
-        if is_coupled(bound.function):
-            factor = look_up(FieldKey(f"coupled.weight.{label}.{place}"))
-        else:
-            factor = _call(bound, lambda name: look_up(term.key(name))).detach()
-        if factor.dim() and factor.shape != value.shape:
-            raise ConfigError(
-                f"weights: {bound.name} returned the shape {list(factor.shape)} for "
-                f"{list(value.shape)} tokens; return one number per token"
-            )
-        value = torch.where(factor == 0, 0.0, value * factor)
-    if isinstance(term.coef, Schedule):
-        raise TypeError(f"the coef of {label!r} is a schedule; settle it with Method.at(step, ...)")
-    return value * term.coef if term.coef != 1.0 else value
-
-
-def _call(slot: Slot, look_up: Callable[[str], Tensor]) -> Tensor:
-    """The formula's answer; whatever goes wrong inside it is told as the formula's fault."""
-    bound = Bound.of(slot)
-    arguments = [look_up(name) for name in positional_names(bound.function)]
-    try:
-        result = bound(*arguments)
-    except Exception as error:  # a user's function may raise anything
-        if isinstance(error, OpdError) or is_out_of_memory(error):
-            raise
-        raise ConfigError(f"{_shown(bound)} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(result, Tensor):
-        raise ConfigError(
-            f"{_shown(bound)} returned {result!r}; it must return a tensor, one number per token"
-        )
-    return result
-
-
-def _shown(bound: Bound) -> str:
-    knobs = ", ".join(f"{key}={value!r}" for key, value in bound.knobs)
-    return f"the formula {bound.name}" + (f" with {knobs}" if knobs else "")
-
-
 # --------------------------------------------------------------------------------------------
-# Checks and schedules
-
-
-def _normalise(term: Term, *places: str) -> None:
-    for place in places:
-        value = getattr(term, place)
-        if value is not None:
-            object.__setattr__(term, place, Bound.of(value))
-    object.__setattr__(term, "weights", tuple(Bound.of(weight) for weight in term.weights))
-    for place, bound in term.slots():
-        _check_slot(place, bound)
-
-
-# What a slot may read besides the fields of its row, and which slots may read other rows.
-_OF_THE_TERM: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "credit": frozenset({"reward"}),
-        "baseline": frozenset({"reward"}),
-        "surrogate": frozenset({"advantage"}),
-    }
-)
-_ROW_BY_ROW = ("divergence", "support", "surrogate")
-
-
-def _check_slot(place: str, bound: Bound) -> None:
-    for name in positional_names(bound.function):
-        entry = FIELDS.get(name)
-        if entry is None:
-            continue
-        if entry.provider == "term" and name not in _OF_THE_TERM.get(place, ()):
-            raise ValueError(f"{place}: {bound.name} asks for {name!r}, which is not known there")
-        if entry.coupled and place in _ROW_BY_ROW:
-            raise ValueError(
-                f"{place}: {bound.name} asks for {name!r} and so reads other rows; a {place} sees "
-                "one row at a time"
-            )
-
-
-def _check_term(term: Term) -> None:
-    if term.rows not in ROW_KINDS:
-        raise ValueError(f"rows must be one of {', '.join(ROW_KINDS)}, got {term.rows!r}")
-    if term.reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction must be one of {', '.join(REDUCTIONS)}, got {term.reduction!r}"
-        )
-    if term.against not in ("teacher", "reference") and not term.against.startswith("teacher."):
-        raise ValueError(
-            f"against must be 'teacher', 'reference' or 'teacher.NAME', got {term.against!r}"
-        )
-    if not isinstance(term.coef, Schedule) and not _is_number(term.coef):
-        raise ValueError(f"coef must be a finite number or a schedule, got {term.coef!r}")
-    if not isinstance(term.name, str):
-        raise ValueError(f"name must be a text, got {term.name!r}")
-    k = dict(Bound.of(term.support).knobs).get("k", 1)
-    if not isinstance(k, Schedule) and not (isinstance(k, int) and k >= 1):
-        raise ValueError(f"a support's k must be a whole number >= 1, got {k!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _check_tail(term: Term) -> None:
-    whole = Bound.of(term.support).function is supports.full
-    if whole and term.tail:
-        raise ValueError(f"a full support has no tail, got tail={term.tail!r}")
-    if not whole and term.tail not in supports.TAILS:
-        raise ValueError(
-            f"a support of some entries must say what becomes of the rest: tail is one of "
-            f"{', '.join(supports.TAILS)}, got {term.tail!r}"
-        )
+# Schedules
 
 
 def _reach(knob: Any) -> int:
     return round(knob.reachable()[1]) if isinstance(knob, Schedule) else int(knob)
+
+
+def _settle_term(term: Term, label: str, settle: Callable[[str, Any], Any]) -> Term:
+    """The term with every schedule replaced by its value of the step."""
+    changed: dict[str, Any] = {}
+    for item in fields(term):
+        value, path = getattr(term, item.name), f"{label}.{item.name}"
+        if isinstance(value, Sampled):
+            changed[item.name] = _settle_term(value, path, settle)
+        elif isinstance(value, Bound):
+            changed[item.name] = _settle_bound(value, path, settle)
+        elif isinstance(value, tuple):
+            changed[item.name] = tuple(
+                _settle_bound(bound, f"{path}.{place}", settle) for place, bound in enumerate(value)
+            )
+        elif isinstance(value, Schedule):
+            changed[item.name] = settle(path, value)
+    return replace(term, **changed)
 
 
 def _settle_bound(bound: Bound, path: str, settle: Callable[[str, Any], Any]) -> Bound:

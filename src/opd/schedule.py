@@ -11,12 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Cosine", "Linear"]
+from opd.errors import ConfigError, nearest
+
+__all__ = ["Cosine", "Linear", "Switch"]
 
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A knob's value as a function of the step, of measured statistics and of its own state."""
+    """A knob's value as a function of the step, of measured statistics and of its own state.
+
+    `stats` are the (sum, count) metrics of the step before; empty at the first.
+    """
 
     def at(self, step: int, stats: Mapping[str, Any], state: object) -> tuple[float, object]:
         """The value at `step` (0 is the first) and the state to keep."""
@@ -65,9 +70,66 @@ class Cosine:
         return min(self.start, self.end), max(self.start, self.end)
 
 
+@dataclass(frozen=True)
+class Switch:
+    """`before` until a measured average passes a threshold, `after` from the next step on.
+
+    Attributes:
+        before, after: the two values.
+        statistic: name of a metric of the training step, such as `student/entropy`.
+        above, below: the threshold; exactly one of them.
+    """
+
+    before: float
+    after: float
+    statistic: str
+    above: float | None = None
+    below: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("before", "after"):
+            _check_number(name, getattr(self, name))
+        if not isinstance(self.statistic, str) or not self.statistic:
+            raise ValueError(
+                f"a switch watches a statistic by name, such as 'student/entropy', got "
+                f"{self.statistic!r}"
+            )
+        if (self.above is None) == (self.below is None):
+            raise ValueError(
+                f"a switch needs one threshold, above or below, got above={self.above!r} and "
+                f"below={self.below!r}"
+            )
+        _check_number("threshold", self.above if self.below is None else self.below)
+
+    def at(self, step: int, stats: Mapping[str, Any], state: object) -> tuple[float, object]:
+        """The value at `step`; the state is whether the switch was thrown.
+
+        Raises:
+            ConfigError: there are metrics, and the watched one is not among them.
+        """
+        thrown = bool(state) or (bool(stats) and self._passed(stats))
+        return (self.after if thrown else self.before), thrown
+
+    def _passed(self, stats: Mapping[str, Any]) -> bool:
+        if self.statistic not in stats:
+            raise ConfigError(
+                f"a switch watches {self.statistic!r}, which the step did not measure. "
+                f"{nearest(self.statistic, stats)}"
+            )
+        mean = stats[self.statistic].mean
+        return bool(mean > self.above if self.above is not None else mean < self.below)
+
+    def reachable(self) -> tuple[float, float]:
+        return min(self.before, self.after), max(self.before, self.after)
+
+
 def _check(start: float, end: float, steps: int) -> None:
     for name, value in (("start", start), ("end", end)):
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"a schedule's {name} must be a finite number, got {value!r}")
+        _check_number(name, value)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"a schedule needs steps >= 1, got {steps!r}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"a schedule's {name} must be a finite number, got {value!r}")

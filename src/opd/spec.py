@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -11,24 +11,46 @@ from typing import Any, TypeVar
 
 from opd import methods, schedule
 from opd.errors import ConfigError, nearest
-from opd.formula import credit, divergence, reward, support, surrogate, weight
-from opd.objective import Dense, Method, Objective, Sampled, Term
+from opd.formula import (
+    credit,
+    divergence,
+    outcome,
+    regulariser,
+    reward,
+    routing,
+    support,
+    surrogate,
+    weight,
+)
+from opd.objective import Method, Objective, Sampled, Term
 from opd.schedule import Schedule
-from opd.types import Bound, StateSource, TeacherView
+from opd.terms import TERMS
+from opd.types import STUDENT_PART, Bound, StateSource, TeacherView
 from opd.user_code import find_function
 
 T = TypeVar("T")
 
-TERMS: Mapping[str, type[Dense] | type[Sampled]] = {"dense": Dense, "sampled": Sampled}
-SLOTS: Mapping[str, ModuleType] = {
-    "divergence": divergence,
-    "support": support,
-    "reward": reward,
-    "credit": credit,
-    "baseline": credit,
-    "surrogate": surrogate,
-    "weights": weight,
+SLOTS: Mapping[str, tuple[ModuleType, ...]] = {
+    "divergence": (divergence,),
+    "penalty": (regulariser,),
+    "support": (support,),
+    "reward": (reward,),
+    "credit": (credit,),
+    "baseline": (credit,),
+    "outcome": (outcome,),
+    "surrogate": (surrogate,),
+    "score": (routing,),
+    "candidates": (routing,),
+    "share": (routing,),
+    "amount": (routing,),
+    "transfer": (routing,),
+    "gates": (routing, weight),
+    "weights": (weight, routing),
 }
+"""Where each slot's functions are named."""
+
+LISTS = ("weights", "gates", "outcome")
+"""Slots that take any number of functions."""
 
 
 def method_from_tree(
@@ -36,7 +58,8 @@ def method_from_tree(
     *,
     options: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
-    states: Mapping[str, float] | None = None,
+    states: Mapping[str, Any] | None = None,
+    views: Sequence[Mapping[str, Any]] = (),
     base: Path | None = None,
 ) -> Method:
     """The method a run file describes.
@@ -45,7 +68,9 @@ def method_from_tree(
         name: a function of `opd.methods`, or `custom`.
         options: the function's knobs; a table with `schedule` is a schedule.
         objective: for `custom`: `terms`, a list of tables, and `temperature`.
-        states: for `custom`: shares of student, data and teacher.
+        states: for `custom`: fields of `StateSource`; a table with `schedule` is a schedule.
+        views: for `custom`: a table per view that is not simply the teacher, or the student at
+            step 0 for `reference`.
         base: folder in which `use = "module:function"` looks first.
 
     Raises:
@@ -79,13 +104,10 @@ def method_from_tree(
         _term(term, f"method.objective.terms[{place}]", base) for place, term in enumerate(terms)
     ]
     built = _guarded(Objective, "method.objective", *parsed, temperature=temperature)
-    for writer in states or {}:
-        writers = [item.name for item in fields(StateSource)]
-        if writer not in writers:
-            raise ConfigError(f"method.states: unknown key {writer!r}. {nearest(writer, writers)}")
-    source = _guarded(StateSource, "method.states", **(states or {}))
-    views = built.views() | ({"teacher"} if source.teacher else set())
-    return Method(built, source, tuple(_view(view) for view in sorted(views)))
+    source = _states(states or {})
+    declared = [_view(view, f"method.views[{place}]") for place, view in enumerate(views)]
+    implied = _implied_views(built, source, declared)
+    return _guarded(Method, "method.views", built, source, (*declared, *implied))
 
 
 def objective_to_tree(objective: Objective) -> dict[str, Any]:
@@ -96,14 +118,40 @@ def objective_to_tree(objective: Objective) -> dict[str, Any]:
     }
 
 
+def states_to_tree(states: StateSource) -> dict[str, Any]:
+    """A state source as a run-file table: the shares, and whatever else is set."""
+    shares = ("student", "data", "teacher")
+    return {
+        item.name: _schedule_tree(value) if isinstance(value, Schedule) else value
+        for item in fields(states)
+        if (value := getattr(states, item.name)) != item.default or item.name in shares
+    }
+
+
+def views_to_tree(method: Method) -> list[dict[str, Any]]:
+    """The views of a method as run-file tables; none where each goes without saying."""
+    if method.views == _implied_views(method.objective, method.states, ()):
+        return []
+    return [_view_tree(view) for view in method.views]
+
+
 def user_files(method: Method) -> set[Path]:
     """Files of the functions that are not the library's own."""
-    slots = [slot for term in method.objective.terms for _, slot in term.slots()]
+    slots = [slot for _, term in method.objective.parts() for _, slot in term.slots()]
     own = [bound.function for bound in slots if not bound.name.startswith("opd.")]
     return {Path(file) for function in own if (file := inspect.getsourcefile(function))}
 
 
 # --------------------------------------------------------------------------------------------
+
+
+def _states(tree: Mapping[str, Any]) -> StateSource:
+    known = [item.name for item in fields(StateSource)]
+    for key in tree:
+        if key not in known:
+            raise ConfigError(f"method.states: unknown key {key!r}. {nearest(key, known)}")
+    settings = {key: _knob(value, f"method.states.{key}") for key, value in tree.items()}
+    return _guarded(StateSource, "method.states", **settings)
 
 
 def _term(tree: Any, path: str, base: Path | None) -> Term:
@@ -119,11 +167,11 @@ def _term(tree: Any, path: str, base: Path | None) -> Term:
     for key, value in table.items():
         if key not in known:
             raise ConfigError(f"{path}: unknown key {key!r}. {nearest(key, known)}")
-        if key == "weights":
-            parts = value if isinstance(value, list | tuple) else [value]
-            arguments[key] = tuple(
-                _slot("weights", part, f"{path}.weights", base) for part in parts
-            )
+        if key in LISTS:
+            listed = value if isinstance(value, list | tuple) else [value]
+            arguments[key] = tuple(_slot(key, part, f"{path}.{key}", base) for part in listed)
+        elif key == "source":
+            arguments[key] = _source(value, f"{path}.source", base)
         elif key in SLOTS:
             arguments[key] = _slot(key, value, f"{path}.{key}", base)
         else:
@@ -135,6 +183,13 @@ def _term(tree: Any, path: str, base: Path | None) -> Term:
     return made
 
 
+def _source(tree: Any, path: str, base: Path | None) -> Term:
+    """The sampled term inside a route; its kind goes without saying."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path}: write the sampled term as a table, got {tree!r}")
+    return _term({"kind": Sampled.kind, **tree}, path, base)
+
+
 def _slot(slot: str, value: Any, path: str, base: Path | None) -> Bound:
     table = dict(value) if isinstance(value, Mapping) else {"use": value}
     name = table.pop("use", None)
@@ -143,10 +198,10 @@ def _slot(slot: str, value: Any, path: str, base: Path | None) -> Bound:
     if ":" in name:
         function = find_function(name, base or Path())
     else:
-        exported: list[str] = SLOTS[slot].__all__
+        exported = {found: module for module in SLOTS[slot] for found in module.__all__}
         if name not in exported:
             raise ConfigError(f"{path} = {name!r} is no {slot}. {nearest(name, exported)}")
-        function = getattr(SLOTS[slot], name)
+        function = getattr(exported[name], name)
     takes = [
         parameter.name
         for parameter in inspect.signature(function).parameters.values()
@@ -195,8 +250,47 @@ def _check_kind(function: Callable[..., Any], option: str, value: Any) -> None:
         raise ConfigError(f"method.options.{option} = {value!r} must be a number")
 
 
-def _view(name: str) -> TeacherView:
-    return TeacherView(name, "initial_student" if name == "reference" else "teacher")
+def _view(tree: Mapping[str, Any], path: str) -> TeacherView:
+    table = dict(tree)
+    known = [item.name for item in fields(TeacherView)]
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}. {nearest(key, known)}")
+    parts = table.pop("parts", {})
+    if not isinstance(parts, Mapping):
+        raise ConfigError(
+            f'{path}.parts = {parts!r}: write it as a table, {{ "teacher" = 1.25, ... }}'
+        )
+    weights = tuple((name, _knob(weight, f"{path}.parts.{name}")) for name, weight in parts.items())
+    return _guarded(TeacherView, path, **table, parts=weights)
+
+
+def _view_tree(view: TeacherView) -> dict[str, Any]:
+    """A view as a run-file table, without what is not set."""
+    tree: dict[str, Any] = {"name": view.name, "source": view.source}
+    if view.context:
+        tree["context"] = view.context
+    if view.decay:
+        tree["decay"] = view.decay
+    if view.parts:
+        tree["parts"] = {
+            name: _schedule_tree(weight) if isinstance(weight, Schedule) else weight
+            for name, weight in view.parts
+        }
+    return tree
+
+
+def _implied_views(
+    objective: Objective, states: StateSource, declared: Sequence[TeacherView]
+) -> tuple[TeacherView, ...]:
+    """Views that need no table: `reference` is the student at step 0, any other the teacher."""
+    names = objective.views() | {name for view in declared for name, _ in view.parts}
+    names |= {"teacher"} if states.teacher_writes else set()
+    missing = names - {STUDENT_PART, *(view.name for view in declared)}
+    return tuple(
+        TeacherView(name, "initial_student" if name == "reference" else "teacher")
+        for name in sorted(missing)
+    )
 
 
 def _guarded(function: Callable[..., T], path: str, *args: Any, **kwargs: Any) -> T:
@@ -210,8 +304,10 @@ def _term_tree(term: Term) -> dict[str, Any]:
     tree: dict[str, Any] = {"kind": term.kind}
     for item in fields(term):
         value = getattr(term, item.name)
-        if item.name == "weights":
-            tree["weights"] = [_bound_tree(Bound.of(part)) for part in value]
+        if item.name in LISTS:
+            tree[item.name] = [_bound_tree(Bound.of(part)) for part in value]
+        elif isinstance(value, Sampled):
+            tree[item.name] = _term_tree(value)
         elif isinstance(value, Bound):
             tree[item.name] = _bound_tree(value)
         elif isinstance(value, Schedule):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from opd.schedule import Schedule
 
 
 class Provenance(IntEnum):
@@ -119,53 +122,294 @@ def _rebind(name: str, knobs: tuple[tuple[str, Any], ...]) -> Bound:
 
 @dataclass(frozen=True)
 class StateSource:
-    """Which process writes the responses: shares of student, data and teacher, summing to 1.
+    """Which process writes the responses.
 
-    `student` is the share of sequences the current student samples, `teacher` the share the
-    teacher samples, `data` the share taken from the data set.
+    `student`, `data`, `teacher` and `replay` are shares of the sequences and sum to 1. The other
+    fields change how the student's share is written; each may be a schedule where it says so.
+
+    Attributes:
+        student: sampled anew from the current student.
+        data: taken from the data set.
+        teacher: sampled from the teacher.
+        replay: taken again from what the student wrote in the last `replay_steps` steps, whole
+            prompts with all their samples, drawn without replacement within a step. Tokens keep
+            their `policy_version` and `sampler_logp`. What the buffer does not hold yet, the
+            student writes.
+        replay_steps: how many steps back the buffer reaches.
+        horizon: limit on a response in tokens, the data's included, beside the sampler's
+            `max_new_tokens`: the lower of the two holds; 0 for that one alone. May be a schedule,
+            whose values are rounded; replayed text keeps the length it was written with.
+        teacher_prefix: the teacher writes so many tokens of each of the student's sequences first
+            (arXiv:2606.01249). May be a schedule.
+        mixture: a, the teacher's share of the distribution that the student's tokens are drawn
+            from, `a * teacher + (1 - a) * student` (arXiv:2306.08543). May be a schedule.
+        interleave: k: each token that the student proposes stands if it is among the teacher's k
+            likeliest; otherwise the teacher draws one in its place (arXiv:2410.11325). 0: off.
+        rewrite: of a response judged wrong, the share of its tokens, counted from the end, that
+            the teacher writes anew (after arXiv:2606.08432). 0: off. May be a schedule.
     """
 
     student: float = 1.0
     data: float = 0.0
     teacher: float = 0.0
+    replay: float = 0.0
+    replay_steps: int = 1
+    horizon: int | Schedule = 0
+    teacher_prefix: int | Schedule = 0
+    mixture: float | Schedule = 0.0
+    interleave: int = 0
+    rewrite: float | Schedule = 0.0
 
     def __post_init__(self) -> None:
-        shares = (self.student, self.data, self.teacher)
+        self._check_ranges()
+        shares = (self.student, self.data, self.teacher, self.replay)
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+            also = f", replay={self.replay}" if self.replay else ""
             raise ValueError(
                 f"state source shares must be >= 0 and sum to 1, got student={self.student}, "
-                f"data={self.data}, teacher={self.teacher}"
+                f"data={self.data}, teacher={self.teacher}{also}"
             )
+        self._check_combinations()
+
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether any token of a response may be the teacher's choice."""
+        return bool(self.teacher or self.helped)
+
+    @property
+    def helped(self) -> tuple[str, ...]:
+        """The settings by which the teacher takes part in the student's own sequences."""
+        names = ("teacher_prefix", "mixture", "interleave", "rewrite")
+        return tuple(name for name in names if _span(getattr(self, name))[1] > 0)
+
+    def reach(self, name: str) -> float:
+        """The highest value that a setting can take, over the steps of its schedule."""
+        return _span(getattr(self, name))[1]
+
+    def at(
+        self, step: int, stats: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> tuple[StateSource, dict[str, Any]]:
+        """The source with its schedules settled at `step`, and their state by path. Pure."""
+        changed: dict[str, float] = {}
+        kept: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Schedule):
+                path = f"states.{item.name}"
+                number, kept[path] = value.at(step, stats, state.get(path))
+                whole = item.name in ("horizon", "teacher_prefix")
+                changed[item.name] = round(number) if whole else number
+        return (replace(self, **changed) if changed else self), kept  # type: ignore[arg-type]
+
+    def _check_ranges(self) -> None:
+        for name, low, high, whole in (
+            *((share, -math.inf, math.inf, False) for share in _SHARES),
+            ("replay_steps", 1, math.inf, True),
+            ("horizon", 0, math.inf, True),
+            ("teacher_prefix", 0, math.inf, True),
+            ("mixture", 0, 1, False),
+            ("interleave", 0, math.inf, True),
+            ("rewrite", 0, 1, False),
+        ):
+            value = getattr(self, name)
+            scheduled = isinstance(value, Schedule)
+            if scheduled and name in (*_SHARES, "replay_steps", "interleave"):
+                raise ValueError(f"states.{name} must be a number, not a schedule, got {value!r}")
+            number = scheduled or (isinstance(value, int | float) and not isinstance(value, bool))
+            number = number and not any(math.isnan(end) for end in _span(value))
+            good = number and low <= _span(value)[0] and _span(value)[1] <= high
+            if good and whole and not scheduled:
+                good = value == int(value)
+            if not good:
+                what = "a whole number" if whole else "a number"
+                limits = f" >= {low}" if high == math.inf else f" in [{low}, {high}]"
+                limits = "" if name in _SHARES else limits
+                raise ValueError(f"states.{name} must be {what}{limits}, got {value!r}")
+
+    def _check_combinations(self) -> None:
+        if not self.student and (asked := (*self.helped, *(("replay",) if self.replay else ()))):
+            raise ValueError(
+                f"states.{asked[0]} is about text the student writes, but states.student is 0; "
+                f"give the student a share, or leave {asked[0]} out"
+            )
+        if self.replay_steps != 1 and not self.replay:
+            raise ValueError(
+                f"states.replay_steps = {self.replay_steps} does nothing without states.replay; "
+                "set the share of sequences that is replayed"
+            )
+        if self.interleave and "mixture" in self.helped:
+            raise ValueError(
+                "states.mixture and states.interleave are two rules for the same token; choose one"
+            )
+        lowest = _span(self.horizon)[0]
+        if isinstance(self.horizon, Schedule) and lowest < 1:
+            raise ValueError(
+                f"states.horizon must stay >= 1 over its schedule, got {self.horizon!r}"
+            )
+        if self.horizon and self.reach("teacher_prefix") >= lowest:
+            raise ValueError(
+                f"states.teacher_prefix reaches {self.reach('teacher_prefix'):g}, which leaves "
+                f"the student nothing of a states.horizon of {lowest:g}; lower the one or raise "
+                "the other"
+            )
+
+
+_SHARES = ("student", "data", "teacher", "replay")
+
+
+def _span(value: float | Schedule) -> tuple[float, float]:
+    """The lowest and the highest value a knob can take."""
+    return value.reachable() if isinstance(value, Schedule) else (value, value)
+
+
+VIEW_SOURCES = ("teacher", "initial_student", "student", "ema_student", "combination")
+
+STUDENT_PART = "student"
+"""Names the student itself among the parts of a combination: as it is now, detached."""
 
 
 @dataclass(frozen=True)
 class TeacherView:
     """One distribution that fills a teacher slot.
 
+    A combination is the log-linear mixture of other views, normalised over the vocabulary:
+
+        log view = sum_k weight_k * log part_k - logsumexp_v(sum_k weight_k * log part_k)
+
+    Its weights have any sign and any sum. A part is the name of another view, or `student`: the
+    student's own distribution at the moment of the comparison, detached.
+
     Attributes:
         name: how terms refer to it: `teacher`, `teacher.NAME` or `reference`.
-        source: `teacher` (the run's teacher model) or `initial_student` (the student at step 0).
+        source: `teacher` (the run's teacher model), `initial_student` (the student at step 0,
+            frozen), `student` (the current student, scored again before each update),
+            `ema_student` (the moving average of its weights) or `combination`.
+        context: what this view reads in place of the prompt, before the same response tokens: a
+            template such as "{prompt} Hint: {answer}", or the name of a data column that holds
+            the whole prompt; empty: it reads what the student reads.
+        parts: (view, weight) pairs of a combination, in any order; a weight is a number or a
+            schedule.
+        decay: of `ema_student`, in (0, 1): average <- decay * average + (1 - decay) * student
+            after each optimizer step.
     """
 
     name: str = "teacher"
     source: str = "teacher"
+    context: str = ""
+    parts: tuple[tuple[str, float | Schedule], ...] = ()
+    decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.source not in ("teacher", "initial_student"):
+        if not self.name or self.name == STUDENT_PART:
             raise ValueError(
-                f"view {self.name!r}: source must be 'teacher' or 'initial_student', "
-                f"got {self.source!r}"
+                f"a view cannot be called {self.name!r}; call it 'teacher', 'teacher.NAME' or "
+                "'reference'"
             )
+        if self.source not in VIEW_SOURCES:
+            named = ", ".join(map(repr, VIEW_SOURCES))
+            raise ValueError(
+                f"view {self.name!r}: source must be one of {named}, got {self.source!r}"
+            )
+        in_order = sorted(((name, weight) for name, weight in self.parts), key=lambda part: part[0])
+        object.__setattr__(self, "parts", tuple(in_order))
+        if (self.source == "ema_student") != (self.decay != 0.0):
+            raise ValueError(
+                f"view {self.name!r}: decay belongs to source = 'ema_student', which needs one, "
+                f"such as 0.999; got source = {self.source!r}, decay = {self.decay!r}"
+            )
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"view {self.name!r}: decay must lie in (0, 1), got {self.decay!r}")
+        if (self.source == "combination") != bool(self.parts):
+            raise ValueError(
+                f"view {self.name!r}: parts belong to source = 'combination', which needs at least "
+                f"one; got source = {self.source!r}, parts = {self.parts!r}"
+            )
+        if self.parts:
+            self._check_parts()
+
+    @property
+    def moves(self) -> bool:
+        """Whether the view changes with every update, so that it is scored again before each."""
+        return self.source in ("student", "ema_student")
+
+    def at(
+        self, step: int, stats: Mapping[str, Stat], state: Mapping[str, Any]
+    ) -> tuple[TeacherView, dict[str, Any]]:
+        """The view with scheduled weights replaced by their values at `step`, and their state."""
+        parts, kept = [], {}
+        for part, weight in self.parts:
+            if isinstance(weight, Schedule):
+                path = f"{self.name}/{part}"
+                weight, kept[path] = weight.at(step, stats, state.get(path))
+            parts.append((part, weight))
+        return replace(self, parts=tuple(parts)), kept
+
+    def _check_parts(self) -> None:
+        if self.context:
+            raise ValueError(
+                f"view {self.name!r}: a combination reads nothing itself; give the context to the "
+                "views that are its parts"
+            )
+        names = [name for name, _ in self.parts]
+        for name, weight in self.parts:
+            if names.count(name) > 1:
+                raise ValueError(f"view {self.name!r}: the part {name!r} stands there twice")
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not (isinstance(weight, Schedule) or (number and math.isfinite(weight))):
+                raise ValueError(
+                    f"view {self.name!r}: the weight of {name!r} must be a finite number or a "
+                    f"schedule, got {weight!r}"
+                )
+        if all(weight == 0 for _, weight in self.parts):
+            raise ValueError(f"view {self.name!r}: every part has weight 0, so nothing is combined")
+
+
+def with_parts(names: Iterable[str], views: Iterable[TeacherView]) -> tuple[TeacherView, ...]:
+    """The views of these names and those they are combined from, parts before combinations.
+
+    Raises:
+        ValueError: a name that no view has, or a combination that contains itself.
+    """
+    known: dict[str, TeacherView] = {}
+    for view in views:
+        if view.name in known:
+            raise ValueError(f"two views are called {view.name!r}; give each its own name")
+        known[view.name] = view
+    found: dict[str, TeacherView] = {}
+
+    def add(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            circle = " -> ".join((*above[above.index(name) :], name))
+            raise ValueError(f"the view {name!r} is combined from itself: {circle}")
+        if name not in known:
+            inside = f"the view {above[-1]!r} combines" if above else "the objective reads"
+            raise ValueError(
+                f"{inside} the view {name!r}, which the method does not declare; declared: "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+        for part, _ in known[name].parts:
+            if part != STUDENT_PART:
+                add(part, (*above, name))
+        found[name] = known[name]
+
+    for name in sorted(names):
+        add(name, ())
+    return tuple(found.values())
 
 
 @dataclass(frozen=True)
 class FieldKey:
-    """One field of `FIELDS` as a term sees it: whose view, on which support, with which tail."""
+    """One field of `FIELDS` as a term sees it.
+
+    Whose view, on which support, with which tail rule, and how much of the view's mass is spread
+    evenly. For `student_top_ids` and `teacher_top_ids` the support says how many.
+    """
 
     name: str
     view: str = ""
     support: Bound | None = None
     tail: str = ""
+    smoothing: float = 0.0
 
 
 @dataclass(frozen=True, order=True)
@@ -195,6 +439,9 @@ class Prompt:
         response_mask: True where a loss may look at `response_ids` (False: tool results).
         columns: the remaining columns of the record, untouched.
         model_inputs: extra model inputs (an image, say), carried from prompt to model untouched.
+        messages: of a chat prompt, the messages it was rendered from; empty for a plain text.
+        response_text: the data's response as a text, if it is one text; there even where nobody
+            asked for `response_ids`.
     """
 
     id: str
@@ -205,6 +452,8 @@ class Prompt:
     response_mask: tuple[bool, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     model_inputs: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Mapping[str, Any], ...] = ()
+    response_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -334,6 +583,7 @@ class TeacherScores:
         entropy: in nats.
         hidden: last hidden states; `unembedding` turns them into logits.
         log_probs: the whole distribution.
+        parts: of a combination, (view, weight) pairs; the head combines their distributions.
         provenance: revision, template and tokenizer hashes, as the teacher states them.
     """
 
@@ -347,6 +597,7 @@ class TeacherScores:
     hidden: Float[Tensor, "N H"] | None = None
     log_probs: Float[Tensor, "N V"] | None = None
     unembedding: Unembedding | None = None
+    parts: tuple[tuple[str, float], ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
     row_index: Int[Tensor, " N"] | None = None
     id_map: Int[Tensor, " V"] | None = None
@@ -438,9 +689,13 @@ class TokenBatch:
     Attributes:
         old_logp: under the trainer's weights at rollout time.
         coupled: results of the signal phase, `[B, T]` each, detached; named
-            `advantage.<term>` and `weight.<term>.<place>`.
+            `advantage.<term>`, `weight.<term>.<place>`, `weight.<term>` where the weights
+            together keep their mass, and `changed/<term>/<formula>` for the metrics.
         special: True on special tokens of the tokenizer other than end tokens.
+        special_ids: ids of those special tokens, S of them.
         student_top_ids: the student's likeliest tokens, chosen once per rollout batch, packed.
+        values: the critic's value of the prefix of every token, in nats.
+        bootstrap_value: its value after the last token; 0 where the response ended by itself.
         extra: `[B]` or `[B, T]` columns from data or a verifier.
     """
 
@@ -454,6 +709,9 @@ class TokenBatch:
     views: Mapping[str, TeacherScores] = field(default_factory=dict)
     special: Bool[Tensor, "B T"] | None = None
     student_top_ids: Int[Tensor, "N K"] | None = None
+    special_ids: Int[Tensor, " S"] | None = None
+    values: Float[Tensor, "B T"] | None = None
+    bootstrap_value: Float[Tensor, " B"] | None = None
     coupled: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -125,6 +125,42 @@ def test_several_errors_are_all_told_errors_first(written: Written) -> None:
     assert levels == ["error", "error", "note"]
 
 
+CUSTOM = (
+    "--method.name",
+    "custom",
+    "--method.objective.terms",
+    '[{kind = "dense", divergence = "forward_kl"}]',
+    "--method.states",
+)
+
+
+@pytest.mark.parametrize(
+    ("states", "others", "where", "said"),
+    [
+        ("{interleave = 99}", (), "method.states", "interleave = 99, but the vocabulary has"),
+        ("{teacher_prefix = 64}", (), "method.states", "leaves the student nothing of"),
+        ("{mixture = 0.1}", ("--teacher.model", ""), "teacher.model", "needs a teacher"),
+        ("{rewrite = 0.5}", ("--data.verifier", "none"), "method", "there is no verifier"),
+        ("{mixture = 0.1, interleave = 4}", (), "method", "are two rules for the same token"),
+        ("{horizon = 5, horizons = 4}", (), "method", "unknown key 'horizons'"),
+    ],
+)
+def test_states_that_cannot_work_are_found_at_their_key(
+    written: Written, states: str, others: tuple[str, ...], where: str, said: str
+) -> None:
+    found = [
+        error for error in errors(written(GOOD, *CUSTOM, states, *others)) if said in str(error)
+    ]
+    assert [error.where for error in found] == [where]
+
+
+def test_a_horizon_beyond_the_samplers_limit_is_a_note(written: Written) -> None:
+    run = written(GOOD, *CUSTOM, "{horizon = 100}")
+    assert errors(run) == []
+    (found,) = at("method.states", run)
+    assert "sampler.max_new_tokens = 64 ends every response before" in found.message
+
+
 def test_a_sampler_that_is_not_the_student_is_a_note(written: Written) -> None:
     (found,) = at("sampler", written(GOOD, "--sampler.temperature", "0.7"))
     assert found.level == "note"

@@ -13,7 +13,7 @@ from opd.catalog import formulas
 from opd.catalog import methods as catalog_methods
 from opd.cli.main import main
 from opd.formula import credit, divergence, reward, support, surrogate
-from opd.methods.variables import VARIABLES, nine_variables
+from opd.methods.variables import VARIABLES, nine_variables, states_in_words
 from opd.objective import Dense, Method, Objective, Sampled
 from opd.schedule import Linear
 from opd.training.config import load
@@ -103,6 +103,26 @@ def test_the_nine_variables_of_a_composition_of_several_terms() -> None:
     assert "discounted(gamma=0.5, meaning=task)" in found["temporal credit"]
     assert "on text by the student" in found["gate / weight"]
     assert found["regulariser"] == "0.01 x reverse_kl against the student at step 0"
+
+
+def test_the_state_source_says_who_writes_what() -> None:
+    source = StateSource(
+        student=0.5,
+        replay=0.5,
+        replay_steps=4,
+        horizon=Linear(4, 24, 10),
+        teacher_prefix=2,
+        mixture=0.25,
+        rewrite=0.5,
+    )
+    assert states_in_words(source).split("; ") == [
+        "50% the student itself, 50% the student up to 4 steps ago",
+        "at most linear(start=4, end=24, steps=10) tokens",
+        "the teacher writes up to token 2",
+        "drawn from a mixture with 0.25 of the teacher",
+        "the teacher rewrites wrong responses, the last 0.5 of their tokens",
+    ]
+    assert "outside the teacher's 5 likeliest" in states_in_words(StateSource(interleave=5))
 
 
 def test_a_custom_objective_with_a_function_of_the_users(

@@ -64,6 +64,7 @@ def test_a_record_becomes_a_prompt(characters: PreTrainedTokenizerFast, tmp_path
         response_ids=(*characters(">123")["input_ids"], characters.eos_token_id),
         response_mask=(True,) * 5,
         columns={"level": 1},
+        response_text=">123",
     )
     assert (second.answer, second.response_ids, second.response_mask) == ("12", None, None)
     assert (third.id, third.answer) == ("p.jsonl:3", None)

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -33,16 +37,219 @@ def test_returns_by_hand_with_a_gap_that_takes_no_time() -> None:
     assert credit.immediate(reward).tolist() == reward.tolist()
 
 
-@given(responses(), st.floats(0, 1))
-def test_credit_agrees_with_the_transcription(case: tuple[Tensor, Tensor], gamma: float) -> None:
+def test_every_credit_by_hand_with_a_gap() -> None:
+    # Without the gap: rewards 1, 2, 4 and reverse KLs 3, 5, 7, whose mean is 5.
+    reward = torch.tensor([[1.0, 99.0, 2.0, 4.0, 99.0]], dtype=F64)
+    cost = torch.tensor([[3.0, 99.0, 5.0, 7.0, 99.0]], dtype=F64)
+    mask = torch.tensor([[True, False, True, True, False]])
+    expected = {
+        "windowed": [1 + 2, 0, 2 + 4, 4, 0],
+        "length_normalised": [7 / 3, 0, 6 / 2, 4, 0],
+        "future": [2 + 4, 0, 4, 0, 0],
+        "rao_blackwell": [1 - 12, 0, 2 - 7, 4, 0],
+        "next_step": [1 - 5, 0, 2 - 7, 4, 0],
+        "damped_future": [1 - 0.5 * 12, 0, 2 - 0.5 * 7, 4, 0],
+        "length_neutral_future": [1 - 0.5 * (0 + 2), 0, 2 - 0.5 * 2, 4, 0],
+    }
+    got = {
+        "windowed": credit.windowed(reward, mask, window=2),
+        "length_normalised": credit.length_normalised(reward, mask),
+        "future": credit.future(reward, mask),
+        "rao_blackwell": credit.rao_blackwell(reward, cost, mask),
+        "next_step": credit.next_step(reward, cost, mask),
+        "damped_future": credit.damped_future(reward, cost, mask, future_weight=0.5),
+        "length_neutral_future": credit.length_neutral_future(
+            reward, cost, mask, future_weight=0.5
+        ),
+    }
+    assert {name: value[0].tolist() for name, value in got.items()} == expected
+
+
+def test_generalised_advantages_by_hand_with_a_gap_and_a_bootstrap() -> None:
+    # Rewards 1, 2; values 10, 20, and 40 after the last token: residuals 1 + 20 - 10 = 11 and
+    # 2 + 40 - 20 = 22, so lambda = 1/2 gives 11 + 22 / 2 and 22.
+    reward = torch.tensor([[1.0, 99.0, 2.0]], dtype=F64)
+    values = torch.tensor([[10.0, 99.0, 20.0]], dtype=F64)
+    mask = torch.tensor([[True, False, True]])
+    cut, ended = torch.tensor([40.0], dtype=F64), torch.tensor([0.0], dtype=F64)
+    assert credit.gae(reward, values, cut, mask, gae_lambda=0.5).tolist() == [[22.0, 0.0, 22.0]]
+    # Ended: the last residual is 2 - 20 = -18.
+    assert credit.gae(reward, values, ended, mask, gae_lambda=0.5).tolist() == [[2.0, 0.0, -18.0]]
+    # gamma = 1/2 halves every later value and, once more, every later residual:
+    # 1 + 10 - 10 = 1 and 2 + 20 - 20 = 2, then 1 + 2 / 4 and 2.
+    half = credit.gae(reward, values, cut, mask, gae_lambda=0.5, gamma=0.5, meaning="task")
+    assert half.tolist() == [[1.5, 0.0, 2.0]]
+
+
+KNOBS = st.fixed_dictionaries(
+    {"gamma": st.floats(0, 1), "gae_lambda": st.floats(0, 1), "weight": st.floats(0, 2)}
+)
+
+
+@given(responses(), KNOBS, st.integers(1, 14), st.integers(0, 2**31))
+def test_credit_agrees_with_the_transcription(
+    case: tuple[Tensor, Tensor], knobs: dict[str, float], window: int, seed: int
+) -> None:
     reward, mask = case
-    returned = credit.return_to_go(reward, mask)
-    discounted = credit.discounted(reward, mask, gamma=gamma, meaning="task")
-    for b in range(reward.shape[0]):
-        rows = reward[b].numpy(), mask[b].numpy()
-        assert np.allclose(returned[b], ref.return_to_go(*rows), rtol=0, atol=1e-12)
-        expected = ref.discounted(*rows, gamma=gamma)
-        assert np.allclose(discounted[b], expected, rtol=0, atol=1e-12)
+    generator = torch.Generator().manual_seed(seed)
+    cost = torch.randn(reward.shape, generator=generator, dtype=F64).abs()
+    values = -torch.randn(reward.shape, generator=generator, dtype=F64).abs()
+    bootstrap = torch.randn(len(reward), generator=generator, dtype=F64)
+    future_weight = knobs.pop("weight")
+    damped = {"future_weight": future_weight}
+    gamma = {"gamma": knobs["gamma"]}
+    pairs: list[tuple[Tensor, Callable[[int], Any]]] = [
+        (credit.return_to_go(reward, mask), lambda b: ref.return_to_go(reward[b], mask[b])),
+        (
+            credit.discounted(reward, mask, meaning="task", **gamma),
+            lambda b: ref.discounted(reward[b], mask[b], **gamma),
+        ),
+        (
+            credit.windowed(reward, mask, window=window),
+            lambda b: ref.windowed(reward[b], mask[b], window=window),
+        ),
+        (
+            credit.length_normalised(reward, mask),
+            lambda b: ref.length_normalised(reward[b], mask[b]),
+        ),
+        (credit.future(reward, mask), lambda b: ref.future(reward[b], mask[b])),
+        (
+            credit.rao_blackwell(reward, cost, mask),
+            lambda b: ref.rao_blackwell(reward[b], cost[b], mask[b]),
+        ),
+        (
+            credit.next_step(reward, cost, mask),
+            lambda b: ref.next_step(reward[b], cost[b], mask[b]),
+        ),
+        (
+            credit.damped_future(reward, cost, mask, **damped),
+            lambda b: ref.damped_future(reward[b], cost[b], mask[b], **damped),
+        ),
+        (
+            credit.length_neutral_future(reward, cost, mask, **damped),
+            lambda b: ref.length_neutral_future(reward, cost, mask, **damped)[b],
+        ),
+        (
+            credit.gae(reward, values, bootstrap, mask, meaning="task", **knobs),
+            lambda b: ref.gae(reward[b], values[b], float(bootstrap[b]), mask[b], **knobs),
+        ),
+    ]
+    for got, transcribed in pairs:
+        for b in range(len(reward)):
+            assert np.allclose(got[b], transcribed(b), rtol=0, atol=1e-12)
+
+
+def walked(
+    reward: Tensor, mask: Tensor, *, gamma: float, window: int
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Discounted and windowed sums, token by token from the last, as a literal loop."""
+    discounted, windowed = [], []
+    for numbers, looked_at in zip(reward.tolist(), mask.tolist(), strict=True):
+        total, seen = 0.0, []
+        rows: tuple[list[float], list[float]] = ([], [])
+        for number, is_open in zip(numbers[::-1], looked_at[::-1], strict=True):
+            if is_open:
+                total = number + gamma * total
+                seen.append(number)
+            rows[0].append(total if is_open else 0.0)
+            rows[1].append(sum(seen[-window:]) if is_open else 0.0)
+        discounted.append(rows[0][::-1])
+        windowed.append(rows[1][::-1])
+    return discounted, windowed
+
+
+def masks(size: int, length: int) -> dict[str, Tensor]:
+    """Masks of the kinds that are walked in different ways."""
+    places = torch.arange(length).expand(size, length)
+    lengths = torch.linspace(0, length, size).long().unsqueeze(1)
+    return {
+        "no gap": torch.ones(size, length, dtype=torch.bool),
+        "padding": places < lengths,
+        "tool results": (places < lengths) & (places % 97 > 11),
+        "every other token": places % 2 == 1,
+        "at random": torch.rand(size, length, generator=torch.Generator().manual_seed(1)) < 0.9,
+        "nothing": torch.zeros(size, length, dtype=torch.bool),
+    }
+
+
+@pytest.mark.parametrize("kind", masks(1, 1))
+@pytest.mark.parametrize("length", [31, 32, 33, 300])
+def test_long_responses_agree_with_a_loop(kind: str, length: int) -> None:
+    mask = masks(5, length)[kind]
+    generator = torch.Generator().manual_seed(2)
+    reward = torch.randn(mask.shape, generator=generator, dtype=F64)
+    discounted, windowed = walked(reward, mask, gamma=0.97, window=37)
+    got = credit.discounted(reward, mask, gamma=0.97, meaning="task")
+    assert torch.allclose(got, torch.tensor(discounted, dtype=F64), rtol=0, atol=1e-12)
+    got = credit.windowed(reward, mask, window=37)
+    assert torch.allclose(got, torch.tensor(windowed, dtype=F64), rtol=0, atol=1e-12)
+
+
+def test_a_response_of_more_than_two_levels_of_blocks_agrees_with_a_loop() -> None:
+    length = credit.BLOCK * credit.OUTER_BLOCK + 100
+    reward = torch.randn(1, length, generator=torch.Generator().manual_seed(3), dtype=F64)
+    mask = torch.ones(1, length, dtype=torch.bool)
+    discounted, _ = walked(reward, mask, gamma=0.9999, window=1)
+    got = credit.discounted(reward, mask, gamma=0.9999, meaning="task")
+    assert torch.allclose(got, torch.tensor(discounted, dtype=F64), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("gamma", [1e-30, 1e-3, 0.5, 0.999])
+def test_a_discount_of_any_size_is_right_in_float32(gamma: float) -> None:
+    reward = torch.rand(2, 500, generator=torch.Generator().manual_seed(4)) + 0.5
+    mask = torch.ones(2, 500, dtype=torch.bool)
+    discounted, _ = walked(reward, mask, gamma=gamma, window=1)
+    got = credit.discounted(reward, mask, gamma=gamma, meaning="task").double()
+    assert torch.allclose(got, torch.tensor(discounted, dtype=F64), rtol=2e-6, atol=0)
+
+
+def test_a_window_is_not_the_difference_of_two_large_sums() -> None:
+    # In float32, sums from the front reach 2^24 and lose everything below 1.
+    reward = torch.full((1, 64), 0.25)
+    reward[0, :8] = 2.0**24
+    got = credit.windowed(reward, torch.ones(1, 64, dtype=torch.bool), window=3)
+    assert got[0, 8:-2].tolist() == [0.75] * 54
+    assert got[0, -2:].tolist() == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("kind", masks(1, 1))
+def test_working_on_few_responses_at_a_time_changes_rounding_alone(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = masks(7, 70)[kind]
+    reward, cost = torch.randn(2, 7, 70, generator=torch.Generator().manual_seed(5))
+    calls: tuple[Callable[[], Tensor], ...] = (
+        lambda: credit.return_to_go(reward, mask),
+        lambda: credit.windowed(reward, mask, window=5),
+        lambda: credit.length_normalised(reward, mask),
+        lambda: credit.next_step(reward, cost, mask),
+        lambda: credit.gae(reward, cost, cost[:, 0], mask, gae_lambda=1.0),
+        lambda: credit.position_mean(reward, mask),
+    )
+    together = [call() for call in calls]
+    monkeypatch.setattr(credit, "CACHED", 150)  # two responses of 70 tokens
+    for call, expected in zip(calls, together, strict=True):
+        assert torch.allclose(call(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", masks(1, 1))
+def test_copying_stretches_and_selecting_tokens_give_the_same_bits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = masks(6, 90)[kind]
+    reward, values = torch.randn(2, 6, 90, generator=torch.Generator().manual_seed(6), dtype=F64)
+    calls: tuple[Callable[[], Tensor], ...] = (
+        lambda: credit.discounted(reward, mask, gamma=0.9, meaning="task"),
+        lambda: credit.gae(reward, values, values[:, 0], mask, gae_lambda=0.8),
+        lambda: credit.length_normalised(reward, mask),
+        lambda: credit.position_mean(reward, mask),
+    )
+    results = []
+    for limit in (0, 1000):
+        monkeypatch.setattr(credit, "MANY_RUNS", limit)
+        results.append([call() for call in calls])
+    for one_by_one, in_stretches in zip(*results, strict=True):
+        assert torch.equal(one_by_one, in_stretches)
 
 
 @given(responses())
@@ -71,19 +278,133 @@ def test_what_a_masked_token_holds_is_never_read() -> None:
     assert credit.return_to_go(reward, mask).tolist() == [[3.0, 0.0, 2.0, 0.0]]
 
 
-@pytest.mark.parametrize("gamma", [-0.1, 1.1])
-def test_a_discount_outside_the_unit_interval_is_refused(gamma: float) -> None:
-    with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\]"):
-        credit.discounted(
-            torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), gamma=gamma, meaning="task"
-        )
+def test_arguments_that_are_not_contiguous_are_read_as_they_are() -> None:
+    reward = torch.arange(12.0).view(4, 3).T
+    mask = torch.ones(4, 3, dtype=torch.bool).T
+    assert credit.return_to_go(reward, mask)[1].tolist() == [22.0, 21.0, 17.0, 10.0]
 
 
-def test_a_discount_must_say_what_it_means() -> None:
-    with pytest.raises(ValueError, match="must say what it means: one of task"):
-        credit.discounted(
-            torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), gamma=0.5, meaning="because"
-        )
+# --------------------------------------------------------------------------------------------
+# What stopping early earns
+
+
+def test_a_longer_future_of_usual_cost_earns_nothing_where_length_is_neutral() -> None:
+    reward = torch.zeros(2, 6, dtype=F64)
+    cost = torch.full((2, 6), 0.3, dtype=F64)
+    mask = torch.arange(6) < torch.tensor([[2], [6]])
+    neutral = credit.length_neutral_future(reward, cost, mask, future_weight=1.0)
+    assert neutral.abs().max() <= 1e-15
+    charged = credit.rao_blackwell(reward, cost, mask)
+    # One later token at 0.3 nats, or five.
+    assert charged[:, 0].tolist() == pytest.approx([-0.3, -1.5], abs=1e-15)
+
+
+def test_a_damped_future_runs_from_immediate_to_rao_blackwell() -> None:
+    reward, cost = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(7), dtype=F64)
+    mask = torch.rand(3, 8, generator=torch.Generator().manual_seed(8)) < 0.7
+    none = credit.damped_future(reward, cost, mask, future_weight=0.0)
+    whole = credit.damped_future(reward, cost, mask, future_weight=1.0)
+    assert torch.equal(none, torch.where(mask, reward, 0.0))
+    assert torch.equal(whole, credit.rao_blackwell(reward, cost, mask))
+
+
+def test_future_is_the_return_without_the_tokens_own_reward() -> None:
+    # Whole numbers, so that every sum is exact.
+    draw = torch.Generator().manual_seed(9)
+    reward = torch.randint(-9, 9, (3, 8), generator=draw).double()
+    mask = torch.rand(3, 8, generator=draw) < 0.7
+    own = torch.where(mask, reward, 0.0)
+    assert torch.equal(credit.future(reward, mask), credit.return_to_go(reward, mask) - own)
+
+
+@given(responses())
+def test_a_window_runs_from_immediate_to_the_return(case: tuple[Tensor, Tensor]) -> None:
+    reward, mask = case
+    one = credit.windowed(reward, mask, window=1)
+    assert torch.equal(one, torch.where(mask, reward, 0.0))
+    for longest in (max(reward.shape[1], 1), 10**9):
+        whole = credit.windowed(reward, mask, window=longest)
+        assert torch.allclose(whole, credit.return_to_go(reward, mask), rtol=0, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------
+# GAE
+
+
+@given(responses(), st.integers(0, 2**31))
+def test_at_lambda_one_a_value_only_shifts_its_own_state(
+    case: tuple[Tensor, Tensor], seed: int
+) -> None:
+    reward, mask = case
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(reward.shape, generator=generator, dtype=F64)
+    bootstrap = torch.randn(len(reward), generator=generator, dtype=F64)
+    got = credit.gae(reward, values, bootstrap, mask, gae_lambda=1.0)
+    returns = credit.return_to_go(reward, mask) + bootstrap.unsqueeze(1)
+    assert torch.allclose(got, torch.where(mask, returns - values, 0.0), rtol=0, atol=1e-12)
+
+
+def test_rewards_that_are_what_the_values_fall_by_leave_no_advantage() -> None:
+    values = torch.tensor([[-6.0, -5.0, -3.0]], dtype=F64)
+    reward = torch.tensor([[-1.0, -2.0, -2.5]], dtype=F64)
+    bootstrap = torch.tensor([-0.5], dtype=F64)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for gae_lambda in (0.0, 0.3, 1.0):
+        advantage = credit.gae(reward, values, bootstrap, mask, gae_lambda=gae_lambda)
+        assert advantage.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_a_response_without_open_tokens_gets_nothing_from_its_bootstrap() -> None:
+    mask = torch.tensor([[False, False], [True, False]])
+    nothing = torch.zeros(2, 2, dtype=F64)
+    bootstrap = torch.tensor([5.0, 7.0], dtype=F64)
+    got = credit.gae(nothing, nothing, bootstrap, mask, gae_lambda=0.5)
+    assert got.tolist() == [[0.0, 0.0], [7.0, 0.0]]
+
+
+# --------------------------------------------------------------------------------------------
+# Knobs
+
+
+KNOWN = {"gamma": 0.5, "meaning": "task"}
+BAD: list[tuple[Callable[..., Tensor], int, dict[str, Any], str]] = [
+    (credit.discounted, 1, {**KNOWN, "gamma": -0.1}, r"gamma must lie in \[0, 1\], got -0.1"),
+    (credit.discounted, 1, {**KNOWN, "gamma": 1.1}, r"gamma must lie in \[0, 1\]"),
+    (credit.discounted, 1, {**KNOWN, "meaning": "because"}, "what it means: one of task"),
+    (credit.windowed, 1, {"window": 0}, "must be >= 1, got 0; 1 is immediate"),
+    (credit.damped_future, 2, {"future_weight": -1.0}, "future_weight must be finite and >= 0"),
+    (credit.damped_future, 2, {"future_weight": float("inf")}, "future_weight must be finite"),
+    (credit.length_neutral_future, 2, {"future_weight": float("nan")}, "future_weight must be"),
+]
+
+
+@pytest.mark.parametrize(("function", "tensors", "knobs", "message"), BAD)
+def test_a_knob_that_makes_no_sense_is_refused(
+    function: Callable[..., Tensor], tensors: int, knobs: dict[str, Any], message: str
+) -> None:
+    numbers, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        function(*[numbers] * tensors, mask, **knobs)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"gae_lambda": 1.5}, r"gae_lambda must lie in \[0, 1\], got 1.5"),
+        ({"gae_lambda": 0.5, "gamma": -1.0}, r"gamma must lie in \[0, 1\]"),
+        ({"gae_lambda": 0.5, "gamma": 0.9}, "must say what it means"),
+    ],
+)
+def test_generalised_advantages_refuse_knobs_that_make_no_sense(
+    knobs: dict[str, Any], message: str
+) -> None:
+    numbers, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        credit.gae(numbers, numbers, numbers[0], mask, **knobs)
+
+
+# --------------------------------------------------------------------------------------------
+# Baselines
 
 
 def test_the_expected_reward_is_minus_the_reverse_kl_detached() -> None:
@@ -97,3 +418,64 @@ def test_the_expected_reward_is_minus_the_reverse_kl_detached() -> None:
         for token in range(5)
     )
     assert float(baseline) == pytest.approx(mean, abs=1e-14)
+
+
+def test_the_learned_value_is_passed_on_detached() -> None:
+    live = torch.randn(2, 3, dtype=F64, requires_grad=True)
+    baseline = credit.value(live)
+    assert torch.equal(baseline, live)
+    assert not baseline.requires_grad
+
+
+def test_baselines_over_other_responses_by_hand() -> None:
+    # Without gaps: 1, 2 / 5, 7 / 10; responses 0 and 2 share a prompt.
+    credited = torch.tensor([[1.0, 99.0, 2.0], [5.0, 7.0, 99.0], [10.0, 99.0, 99.0]], dtype=F64)
+    mask = torch.tensor([[True, False, True], [True, True, False], [True, False, False]])
+    position = credit.position_mean(credited, mask)
+    assert position.tolist() == [[7.5, 0, 7], [5.5, 2, 0], [3, 0, 0]]
+    batch = credit.batch_mean(credited, mask)
+    assert batch[:, 0].tolist() == pytest.approx([22 / 3, 13 / 3, 15 / 4], abs=1e-14)
+    group = credit.group_mean(credited, mask, torch.tensor([4, 9, 4]))
+    assert group.tolist() == [[10, 0, 10], [0, 0, 0], [1.5, 0, 0]]
+
+
+@given(responses(), st.integers(0, 2**31))
+def test_baselines_agree_with_the_transcription(case: tuple[Tensor, Tensor], seed: int) -> None:
+    credited, mask = case
+    group = torch.randint(2, credited.shape[:1], generator=torch.Generator().manual_seed(seed))
+    pairs = (
+        (credit.position_mean(credited, mask), ref.position_mean(credited, mask)),
+        (credit.batch_mean(credited, mask), ref.batch_mean(credited, mask)),
+        (credit.group_mean(credited, mask, group), ref.group_mean(credited, mask, group)),
+    )
+    for got, expected in pairs:
+        assert np.allclose(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    [
+        credit.position_mean,
+        credit.batch_mean,
+        partial(credit.group_mean, group=torch.tensor([0, 0, 0])),
+    ],
+)
+def test_a_response_does_not_move_its_own_baseline(baseline: Callable[..., Tensor]) -> None:
+    credited = torch.randn(3, 6, generator=torch.Generator().manual_seed(10), dtype=F64)
+    mask = torch.arange(6) < torch.tensor([[6], [4], [5]])
+    moved = credited.clone()
+    moved[1] += 100.0
+    before, after = baseline(credited, mask), baseline(moved, mask)
+    assert torch.allclose(before[1], after[1], rtol=0, atol=1e-12)
+    assert (before[0] - after[0]).abs().max() > 1
+
+
+def test_a_response_without_company_has_no_baseline() -> None:
+    credited, mask = torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    group = torch.tensor([0])
+    for baseline in (
+        credit.position_mean(credited, mask),
+        credit.batch_mean(credited, mask),
+        credit.group_mean(credited, mask, group),
+    ):
+        assert baseline.tolist() == [[0.0, 0.0, 0.0]]

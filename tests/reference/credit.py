@@ -4,13 +4,17 @@
 result. They are deleted before anything is added up, so they take no time: the last token before
 a gap and the first one after it are one step apart. The result is 0 there.
 
-Source: survey of on-policy distillation, arXiv:2606.22793, Eqs. 8, 15, 16, 18 and 20. That gaps
-take no time is our convention; the papers have none.
+Most functions take one response. The baselines that look at other responses, and
+`length_neutral_future`, take a batch, `[B, T]`.
+
+Source: survey of on-policy distillation, arXiv:2606.22793, Eqs. 8, 15, 16, 18 and 20-23. That
+gaps take no time is our convention; the papers have none.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +84,205 @@ def return_to_go(reward: npt.ArrayLike, mask: npt.ArrayLike) -> Row:
     return advantage
 
 
+def windowed(reward: npt.ArrayLike, mask: npt.ArrayLike, *, window: int) -> Row:
+    """advantage(t) = reward of token t and of the next ones, `window` of them in all.
+
+    window = 1 is the immediate reward; a window as long as the response is the return-to-go.
+
+    Source: arXiv:2606.22793, Sec. 4.2; that the current token counts is our convention.
+    """
+    rewards, looked_at = _inputs(reward, mask)
+    kept = _open(looked_at)
+    advantage = np.zeros(len(rewards))
+    for start, t in enumerate(kept):
+        for k in kept[start : start + window]:
+            advantage[t] += rewards[k]
+    return advantage
+
+
+def length_normalised(reward: npt.ArrayLike, mask: npt.ArrayLike) -> Row:
+    """advantage(t) = mean of reward(k) over k >= t: the return-to-go over what remains.
+
+    Source: Gu et al., MiniLLM, arXiv:2306.08543 (length normalisation); that the current token
+    counts is our convention.
+    """
+    rewards, looked_at = _inputs(reward, mask)
+    kept = _open(looked_at)
+    advantage = np.zeros(len(rewards))
+    for start, t in enumerate(kept):
+        remaining = [rewards[k] for k in kept[start:]]
+        advantage[t] = sum(remaining) / len(remaining)
+    return advantage
+
+
+def rao_blackwell(reward: npt.ArrayLike, reverse_kl: npt.ArrayLike, mask: npt.ArrayLike) -> Row:
+    """advantage(t) = reward(t) - sum over k > t of D(k), D the reverse KL of the state.
+
+    The future rewards replaced by their expectations.
+
+    Source: arXiv:2606.22793, Eq. 15, with E[reward(k) | state k] = -D(k).
+    """
+    return damped_future(reward, reverse_kl, mask, future_weight=1.0)
+
+
+def next_step(reward: npt.ArrayLike, reverse_kl: npt.ArrayLike, mask: npt.ArrayLike) -> Row:
+    """advantage(t) = reward(t) - D(next open token); reward(t) alone at the last one."""
+    rewards, looked_at = _inputs(reward, mask)
+    divergences, _ = _inputs(reverse_kl, mask)
+    kept = _open(looked_at)
+    advantage = np.zeros(len(rewards))
+    for i, t in enumerate(kept):
+        advantage[t] = rewards[t]
+        if i + 1 < len(kept):
+            advantage[t] -= divergences[kept[i + 1]]
+    return advantage
+
+
+def future(reward: npt.ArrayLike, mask: npt.ArrayLike) -> Row:
+    """advantage(t) = sum over k > t of reward(k): the return-to-go without its own token.
+
+    What an exact local loss leaves to be credited.
+
+    Source: Gu et al., MiniLLM, arXiv:2306.08543 (single-step decomposition).
+    """
+    rewards, looked_at = _inputs(reward, mask)
+    advantage = np.zeros(len(rewards))
+    for t in range(len(rewards)):
+        for k in range(t + 1, len(rewards)):
+            if looked_at[t] and looked_at[k]:
+                advantage[t] += rewards[k]
+    return advantage
+
+
+def damped_future(
+    reward: npt.ArrayLike,
+    reverse_kl: npt.ArrayLike,
+    mask: npt.ArrayLike,
+    *,
+    future_weight: float,
+) -> Row:
+    """advantage(t) = reward(t) - future_weight * sum over k > t of D(k)."""
+    rewards, looked_at = _inputs(reward, mask)
+    divergences, _ = _inputs(reverse_kl, mask)
+    advantage = np.zeros(len(rewards))
+    for t in range(len(rewards)):
+        if not looked_at[t]:
+            continue
+        advantage[t] = rewards[t]
+        for k in range(t + 1, len(rewards)):
+            if looked_at[k]:
+                advantage[t] -= future_weight * divergences[k]
+    return advantage
+
+
+def length_neutral_future(
+    reward: npt.ArrayLike,
+    reverse_kl: npt.ArrayLike,
+    mask: npt.ArrayLike,
+    *,
+    future_weight: float,
+) -> Row:
+    """advantage(t) = reward(t) - w * sum over k > t of (D(k) - m), `[B, T]`.
+
+    m is the mean of D over every open token of the batch, so that a longer future costs nothing
+    by itself.
+    """
+    rewards, looked_at = _batch(reward, mask)
+    divergences, _ = _batch(reverse_kl, mask)
+    seen = [divergences[index] for index in np.ndindex(rewards.shape) if looked_at[index]]
+    mean = sum(seen) / len(seen) if seen else 0.0
+    advantage = np.zeros(rewards.shape)
+    for b in range(rewards.shape[0]):
+        excess = divergences[b] - mean
+        advantage[b] = damped_future(rewards[b], excess, looked_at[b], future_weight=future_weight)
+    return advantage
+
+
+def gae(
+    reward: npt.ArrayLike,
+    values: npt.ArrayLike,
+    bootstrap_value: float,
+    mask: npt.ArrayLike,
+    *,
+    gae_lambda: float,
+    gamma: float = 1.0,
+) -> Row:
+    """The lambda-weighted mean of the k-step advantages, n the tokens that remain:
+
+        A_k(t) = sum over l < k of gamma^l reward(t+l) + gamma^k V(t+k) - V(t)
+        A(t)   = (1 - lambda) * sum over k < n of lambda^(k-1) A_k(t) + lambda^(n-1) A_n(t)
+
+    V after the last token is `bootstrap_value`: 0 where the response ended, the critic's value
+    where it was cut off. What a value weighs there is gamma^n, so lambda = 1 telescopes to the
+    return plus that, minus V(t).
+
+    Source: Schulman et al., arXiv:1506.02438, Eqs. 11-16; arXiv:2606.22793, Eqs. 21-23.
+    """
+    rewards, looked_at = _inputs(reward, mask)
+    value, _ = _inputs(values, mask)
+    kept = _open(looked_at)
+    along = [*(value[t] for t in kept), float(bootstrap_value)]
+    advantage = np.zeros(len(rewards))
+    for i, t in enumerate(kept):
+        remaining = len(kept) - i
+        for k in range(1, remaining + 1):
+            k_step = gamma**k * along[i + k] - along[i]
+            for step in range(k):
+                k_step += gamma**step * rewards[kept[i + step]]
+            weight = gae_lambda ** (k - 1) * (1.0 if k == remaining else 1 - gae_lambda)
+            advantage[t] += weight * k_step
+    return advantage
+
+
+# --------------------------------------------------------------------------------------------
+# Baselines, to be subtracted. Those over other responses leave the token's own response out, so
+# that they are independent of it and change no expectation.
+
+
+def expected_reward(reverse_kl: npt.ArrayLike) -> Row:
+    """-D, the expected log-ratio of each state. Source: arXiv:2605.07865."""
+    return -np.asarray(reverse_kl, dtype=np.float64)
+
+
+def value(values: npt.ArrayLike) -> Row:
+    """The critic's value of each prefix. Source: arXiv:2606.22793, Eq. 20."""
+    return np.array(values, dtype=np.float64)
+
+
+def position_mean(credited: npt.ArrayLike, mask: npt.ArrayLike) -> Row:
+    """Mean over the other responses of what their token of the same number is credited.
+
+    `[B, T]`. Tokens are numbered with gaps deleted; responses that are shorter do not count. 0
+    where there is no other.
+    """
+    return _others_mean(
+        credited, mask, lambda b, i, other, j: other != b and i == j, by_column=False
+    )
+
+
+def column_mean(credited: npt.ArrayLike, mask: npt.ArrayLike) -> Row:
+    """`position_mean` with gaps counted: the mean over the others' open tokens of the column."""
+    return _others_mean(
+        credited, mask, lambda b, t, other, k: other != b and t == k, by_column=True
+    )
+
+
+def batch_mean(credited: npt.ArrayLike, mask: npt.ArrayLike) -> Row:
+    """Mean over every open token of the other responses, `[B, T]`; 0 where there is none."""
+    return _others_mean(credited, mask, lambda b, t, other, k: other != b, by_column=True)
+
+
+def group_mean(credited: npt.ArrayLike, mask: npt.ArrayLike, group: npt.ArrayLike) -> Row:
+    """Mean over every open token of the other responses to the same prompt; 0 where none is."""
+    groups = [int(number) for number in np.asarray(group)]
+    return _others_mean(
+        credited,
+        mask,
+        lambda b, t, other, k: other != b and groups[other] == groups[b],
+        by_column=True,
+    )
+
+
 def per_state_baseline(student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike) -> float:
     """The expected reward at one state, -KL(student || teacher); subtract it from the reward.
 
@@ -88,6 +291,43 @@ def per_state_baseline(student_log_probs: npt.ArrayLike, teacher_log_probs: npt.
     Source: arXiv:2605.07865; the invariance is arXiv:2606.22793, Eqs. 8 and 20.
     """
     return -reverse_kl(student_log_probs, teacher_log_probs)
+
+
+def _open(looked_at: npt.NDArray[np.bool_]) -> list[int]:
+    return [t for t in range(len(looked_at)) if looked_at[t]]
+
+
+def _others_mean(
+    credited: npt.ArrayLike,
+    mask: npt.ArrayLike,
+    counts: Callable[[int, int, int, int], bool],
+    *,
+    by_column: bool,
+) -> Row:
+    """For token (b, t) the mean over the open tokens (other, k) that count.
+
+    t and k are columns, or the numbers of the tokens with gaps deleted.
+    """
+    numbers, looked_at = _batch(credited, mask)
+    baseline = np.zeros(numbers.shape)
+    kept = [_open(row) for row in looked_at]
+    for b in range(len(kept)):
+        for i, t in enumerate(kept[b]):
+            chosen = [
+                numbers[other, k]
+                for other in range(len(kept))
+                for j, k in enumerate(kept[other])
+                if counts(b, t if by_column else i, other, k if by_column else j)
+            ]
+            baseline[b, t] = sum(chosen) / len(chosen) if chosen else 0.0
+    return baseline
+
+
+def _batch(numbers: npt.ArrayLike, mask: npt.ArrayLike) -> tuple[Row, npt.NDArray[np.bool_]]:
+    values, looked_at = np.asarray(numbers, np.float64), np.asarray(mask, np.bool_)
+    if values.ndim != 2 or values.shape != looked_at.shape:
+        raise ValueError(f"a batch of B responses, got {values.shape} and {looked_at.shape}")
+    return values, looked_at
 
 
 def _inputs(reward: npt.ArrayLike, mask: npt.ArrayLike) -> tuple[Row, npt.NDArray[np.bool_]]:

@@ -16,17 +16,26 @@ gives no mass has gradient 0, the limit.
 
 Source: survey of on-policy distillation, arXiv:2606.22793, Eqs. 2 and 6 and its convention on
 supports (truncation replaces the object by a restricted divergence).
+
+The last two sections are general: `restrict_by_tail` builds the compared rows of any support and
+tail rule, and `gradient_by_tail` turns a *log-slope*, w(v) = student(v) * h(v), into the gradient
+with respect to the logits of the whole vocabulary. The functions named after one divergence and
+one tail say the same in closed form.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 Row = npt.NDArray[np.float64]
+Divergence = Callable[[Row, Row], float]
+LogSlope = Callable[[Row, Row], Row]
+
+TAILS = ("bucket", "renormalise", "teacher_renormalise", "truncate")
 
 
 def log_softmax(logits: npt.ArrayLike) -> Row:
@@ -121,6 +130,202 @@ def generalized_jsd_gradient(
         if student[j] > -math.inf:
             centred = student[j] - mixture[j] - student_part
             gradient[j] = (1 - teacher_weight) * math.exp(student[j]) * centred
+    return gradient
+
+
+def skew_forward_kl(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, skew: float
+) -> float:
+    """KL(teacher || m), m = skew * teacher + (1 - skew) * student.
+
+    At most log(1 / skew). Tends to the forward KL as skew -> 0 and to 0 as skew -> 1.
+
+    Source: Ko et al., DistiLLM, arXiv:2402.03898.
+    """
+    teacher = _row(teacher_log_probs)
+    return _kl(teacher, mix(student_log_probs, teacher, teacher_weight=skew))
+
+
+def skew_reverse_kl(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, skew: float
+) -> float:
+    """KL(student || m), m = skew * student + (1 - skew) * teacher.
+
+    At most log(1 / skew). Tends to the reverse KL as skew -> 0 and to 0 as skew -> 1.
+
+    Source: Ko et al., DistiLLM, arXiv:2402.03898.
+    """
+    student = _row(student_log_probs)
+    return _kl(student, mix(student, teacher_log_probs, teacher_weight=1 - skew))
+
+
+def alpha_divergence(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, alpha: float
+) -> float:
+    """(1 - sum_v teacher(v)^a * student(v)^(1 - a)) / (a * (1 - a)), any a except 0 and 1.
+
+    Tends to the forward KL as a -> 1 and to the reverse KL as a -> 0. Infinite where a > 1 and
+    only the teacher has mass, or a < 0 and only the student has. Two rows without any mass (an
+    empty support) are 0 apart.
+
+    Source: Amari's alpha-divergence; survey arXiv:2606.22793 lists f-divergences as the choice D.
+    """
+    if alpha in (0.0, 1.0):
+        raise ValueError(f"alpha {alpha} is a KL, the limit of this formula, not a value of it")
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    if _massless(student) and _massless(teacher):
+        return 0.0
+    overlap = 0.0
+    for v in range(len(student)):
+        overlap += _product_of_powers(teacher[v], alpha, student[v], 1 - alpha)
+    return (1 - overlap) / (alpha * (1 - alpha))
+
+
+def squared_hellinger(student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike) -> float:
+    """1/2 * sum_v (sqrt(teacher(v)) - sqrt(student(v)))^2, between 0 and 1.
+
+    For normalised rows 1 - sum_v sqrt(teacher(v) * student(v)), a quarter of the
+    alpha-divergence at a = 1/2.
+    """
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    total = 0.0
+    for v in range(len(student)):
+        difference = math.sqrt(math.exp(teacher[v])) - math.sqrt(math.exp(student[v]))
+        total += 0.5 * difference * difference
+    return total
+
+
+def power_divergence(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, power: float
+) -> float:
+    """sum_v [ s^(1+a) / (a(1+a)) - s * t^a / a + t^(1+a) / (1+a) ], a = power > 0.
+
+    s is the student's probability and t the teacher's. The Bregman divergence of
+    x^(1+a) / (a(1+a)): at a = 1 half the squared distance of the probabilities, and the reverse
+    KL as a -> 0.
+
+    Source: Basu et al. (1998), density power divergence; its policy gradient up to the factor a
+    is arXiv:2606.17199.
+    """
+    if power <= 0.0:
+        raise ValueError(f"power must be positive, got {power}")
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    a, total = power, 0.0
+    for v in range(len(student)):
+        s, t = math.exp(student[v]), math.exp(teacher[v])
+        total += s ** (1 + a) / (a * (1 + a)) - s * t**a / a + t ** (1 + a) / (1 + a)
+    return total
+
+
+def total_variation(student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike) -> float:
+    """1/2 * sum_v |student(v) - teacher(v)|, between 0 and 1."""
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    total = 0.0
+    for v in range(len(student)):
+        total += 0.5 * abs(math.exp(student[v]) - math.exp(teacher[v]))
+    return total
+
+
+def student_entropy(student_log_probs: npt.ArrayLike) -> float:
+    """-sum_v student(v) * log student(v), in nats."""
+    total = 0.0
+    for logp in _row(student_log_probs):
+        if logp > -math.inf:
+            total -= math.exp(logp) * logp
+    return total
+
+
+def teacher_entropy(teacher_log_probs: npt.ArrayLike) -> float:
+    """-sum_v teacher(v) * log teacher(v), in nats."""
+    return student_entropy(teacher_log_probs)
+
+
+def skew_forward_kl_gradient(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, skew: float
+) -> Row:
+    """student(j) * (h(j) - mean of h), h = -(1 - skew) * teacher / m."""
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    mixture = mix(student, teacher, teacher_weight=skew)
+    slope = np.zeros(len(student))
+    for v in range(len(student)):
+        if student[v] > -math.inf:
+            slope[v] = -(1 - skew) * math.exp(teacher[v] - mixture[v])
+    return _centred(student, slope)
+
+
+def skew_reverse_kl_gradient(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, skew: float
+) -> Row:
+    """student(j) * (h(j) - mean of h), h = log(student / m) + 1 - skew * student / m."""
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    mixture = mix(student, teacher, teacher_weight=1 - skew)
+    slope = np.zeros(len(student))
+    for v in range(len(student)):
+        if student[v] > -math.inf:
+            log_share = student[v] - mixture[v]
+            slope[v] = log_share + 1 - skew * math.exp(log_share)
+    return _centred(student, slope)
+
+
+def alpha_divergence_gradient(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, alpha: float
+) -> Row:
+    """(Z * student(j) - teacher(j)^a * student(j)^(1 - a)) / a, Z = sum of the second term."""
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    _require_finite(alpha_divergence(student, teacher, alpha=alpha), "alpha-divergence")
+    overlap = [
+        _product_of_powers(teacher[v], alpha, student[v], 1 - alpha) for v in range(len(student))
+    ]
+    return np.array(
+        [(sum(overlap) * math.exp(student[j]) - overlap[j]) / alpha for j in range(len(student))]
+    )
+
+
+def squared_hellinger_gradient(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike
+) -> Row:
+    """(Z * student(j) - sqrt(teacher(j) * student(j))) / 2, Z = sum of the roots.
+
+    Derivation: normalised rows give 1 - sum of roots, h = -sqrt(teacher / student) / 2.
+    """
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    root = [math.exp(0.5 * (student[v] + teacher[v])) for v in range(len(student))]
+    return np.array([(sum(root) * math.exp(student[j]) - root[j]) / 2 for j in range(len(student))])
+
+
+def power_divergence_gradient(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, power: float
+) -> Row:
+    """student(j) * (h(j) - mean of h), h = (student^a - teacher^a) / a."""
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    slope = np.array(
+        [
+            (math.exp(power * student[v]) - math.exp(power * teacher[v])) / power
+            for v in range(len(student))
+        ]
+    )
+    return _centred(student, slope)
+
+
+def total_variation_gradient(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike
+) -> Row:
+    """student(j) * (h(j) - mean of h), h = sign(student - teacher) / 2, 0 where they agree.
+
+    A subgradient where an entry of the two agrees.
+    """
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    return _centred(student, np.array([0.5 * _sign(s - t) for s, t in _pairs(student, teacher)]))
+
+
+def student_entropy_gradient(student_log_probs: npt.ArrayLike) -> Row:
+    """-student(j) * (log student(j) + H)."""
+    student = _row(student_log_probs)
+    entropy = student_entropy(student)
+    gradient = np.zeros(len(student))
+    for j in range(len(student)):
+        if student[j] > -math.inf:
+            gradient[j] = -math.exp(student[j]) * (student[j] + entropy)
     return gradient
 
 
@@ -360,6 +565,332 @@ def tail_bucket_generalized_jsd_gradient(
 
 
 # --------------------------------------------------------------------------------------------
+# From one sampled token, to be back-propagated
+
+
+def reverse_kl_k2(student_logp: float, teacher_logp: float) -> float:
+    """r^2 / 2, r = teacher_logp - student_logp.
+
+    On student tokens its gradient is the reverse KL's in expectation; its value is not.
+
+    Source: Schulman, "Approximating KL Divergence" (blog, 2020), k2.
+    """
+    return 0.5 * (teacher_logp - student_logp) ** 2
+
+
+def reverse_kl_k2_slope(student_logp: float, teacher_logp: float) -> float:
+    """d k2 / d student_logp = -r."""
+    return student_logp - teacher_logp
+
+
+def forward_kl_k3(student_logp: float, teacher_logp: float) -> float:
+    """exp(r) - 1 - r, r = teacher_logp - student_logp.
+
+    On student tokens its gradient is the *forward* KL's in expectation; its value is that of the
+    reverse KL.
+
+    Source: Schulman, "Approximating KL Divergence" (blog, 2020), k3.
+    """
+    log_ratio = teacher_logp - student_logp
+    return math.exp(log_ratio) - 1 - log_ratio
+
+
+def forward_kl_k3_slope(student_logp: float, teacher_logp: float) -> float:
+    """d k3 / d student_logp = 1 - exp(r)."""
+    return 1 - math.exp(teacher_logp - student_logp)
+
+
+# --------------------------------------------------------------------------------------------
+# Supports: lists of distinct ids of one position; -1 stands for an entry that is absent
+
+
+def full(vocab_size: int) -> list[int]:
+    """Every id."""
+    return list(range(vocab_size))
+
+
+def sampled(token: int) -> list[int]:
+    """The chosen token alone."""
+    return [token]
+
+
+def student_top_k(student_top_ids: Sequence[int], *, k: int) -> list[int]:
+    """The student's k likeliest ids, from its list with the likeliest first."""
+    return [int(v) for v in list(student_top_ids)[:k]]
+
+
+def teacher_top_k(teacher_top_ids: Sequence[int], *, k: int) -> list[int]:
+    """The teacher's k likeliest ids, from its list with the likeliest first."""
+    return [int(v) for v in list(teacher_top_ids)[:k]]
+
+
+def union(
+    teacher_top_ids: Sequence[int],
+    student_top_ids: Sequence[int],
+    *,
+    teacher_k: int,
+    student_k: int,
+) -> list[int]:
+    """Ids among the teacher's top or the student's, each once; the teacher's first."""
+    chosen: list[int] = []
+    for v in [
+        *teacher_top_k(teacher_top_ids, k=teacher_k),
+        *student_top_k(student_top_ids, k=student_k),
+    ]:
+        if v >= 0 and v not in chosen:
+            chosen.append(v)
+    return chosen
+
+
+def intersection(
+    teacher_top_ids: Sequence[int],
+    student_top_ids: Sequence[int],
+    *,
+    teacher_k: int,
+    student_k: int,
+) -> list[int]:
+    """Ids among both tops, in the teacher's order; may be empty."""
+    of_student = student_top_k(student_top_ids, k=student_k)
+    of_teacher = teacher_top_k(teacher_top_ids, k=teacher_k)
+    return [v for v in of_teacher if v >= 0 and v in of_student]
+
+
+def routing_support(
+    teacher_top_ids: Sequence[int],
+    student_top_ids: Sequence[int],
+    token: int,
+    special_ids: Collection[int] = (),
+    *,
+    teacher_k: int,
+    student_k: int,
+) -> list[int]:
+    """The union and the sampled token, without special ids; the sampled token stays whatever.
+
+    Source: arXiv:2606.22793, Eq. 31. Special ids leave before anything is restricted: our
+    convention.
+    """
+    chosen = [
+        v
+        for v in union(teacher_top_ids, student_top_ids, teacher_k=teacher_k, student_k=student_k)
+        if v == token or v not in special_ids
+    ]
+    return chosen if token in chosen else [*chosen, token]
+
+
+def restrict(log_probs: npt.ArrayLike, ids: Sequence[int]) -> Row:
+    """The entries as they are; -inf for an absent one."""
+    row = _row(log_probs)
+    _check_support([v for v in ids if v >= 0], len(row))
+    return np.array([row[v] if v >= 0 else -math.inf for v in ids])
+
+
+def log_mass_outside(log_probs: npt.ArrayLike, ids: Sequence[int]) -> float:
+    """Log of the mass of every id that is not listed; -inf where none is left."""
+    return float(bucket_tail(log_probs, [v for v in ids if v >= 0])[-1])
+
+
+def smooth(teacher_log_probs: npt.ArrayLike, *, smoothing: float, vocab_size: int) -> Row:
+    """log((1 - smoothing) * teacher + smoothing / vocab_size), entry by entry."""
+    return np.array(
+        [
+            math.log((1 - smoothing) * math.exp(logp) + smoothing / vocab_size)
+            if smoothing > 0 or logp > -math.inf
+            else -math.inf
+            for logp in _row(teacher_log_probs)
+        ]
+    )
+
+
+def restrict_by_tail(log_probs: npt.ArrayLike, ids: Sequence[int], *, tail: str, side: str) -> Row:
+    """What one side of a divergence sees of its distribution.
+
+        bucket               the entries, then one entry with all the rest; both sides
+        renormalise          the entries, conditioned on the support; both sides
+        teacher_renormalise  teacher: conditioned on the support, then an empty bucket;
+                             student: as with `bucket`
+        truncate             the entries as they are; both sides
+
+    An absent entry (-1) has no mass. Conditioned on a support without mass, nothing has any.
+    """
+    if side not in ("student", "teacher"):
+        raise ValueError(f"side is student or teacher, not {side!r}")
+    entries = restrict(log_probs, ids)
+    if tail == "truncate":
+        return entries
+    mass = math.fsum(math.exp(logp) for logp in entries)
+    conditioned = np.array([logp - math.log(mass) if mass > 0 else -math.inf for logp in entries])
+    if tail == "renormalise":
+        return conditioned
+    if tail == "bucket" or (tail == "teacher_renormalise" and side == "student"):
+        return np.array([*entries, log_mass_outside(log_probs, ids)])
+    if tail == "teacher_renormalise":
+        return np.array([*conditioned, -math.inf])
+    raise ValueError(f"tail is one of {TAILS}, not {tail!r}")
+
+
+# --------------------------------------------------------------------------------------------
+# Any divergence over any support and tail
+
+
+def truncated_reverse_kl(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike
+) -> float:
+    """sum over the given entries of student * log(student / teacher), entries as they are.
+
+    Of any sign where the entries are a truncated support. Its declared gradient holds
+    student * log(student / teacher) fixed and differentiates log student: see
+    `truncated_reverse_kl_log_slope`. On normalised rows it is the reverse KL.
+
+    Source: arXiv:2605.11182, Eq. 12 (stop-gradient top-k).
+    """
+    return _kl(_row(student_log_probs), _row(teacher_log_probs))
+
+
+def divergence_by_tail(
+    divergence: Divergence,
+    student_log_probs: npt.ArrayLike,
+    teacher_log_probs: npt.ArrayLike,
+    ids: Sequence[int],
+    *,
+    tail: str,
+) -> float:
+    """The divergence of what the two sides see: `restrict_by_tail`, then `divergence`."""
+    return divergence(
+        restrict_by_tail(student_log_probs, ids, tail=tail, side="student"),
+        restrict_by_tail(teacher_log_probs, ids, tail=tail, side="teacher"),
+    )
+
+
+def gradient_by_tail(
+    log_slope: LogSlope,
+    student_log_probs: npt.ArrayLike,
+    teacher_log_probs: npt.ArrayLike,
+    ids: Sequence[int],
+    *,
+    tail: str,
+) -> Row:
+    """Gradient with respect to the logits of the whole vocabulary.
+
+    With w(b) the log-slope of entry b of the compared rows, s(b) the student there and p(j) the
+    student over the vocabulary:
+
+        renormalise   w(j) - s(j) * sum of w          on the support, 0 off it
+        truncate      [j in support] * w(j) - p(j) * sum of w
+        the others    p(j) / s(b) * w(b) - p(j) * sum of w, b the bucket that holds j
+
+    Derivation: d log s(b) / d logit(j) is [j == b] - s(j), [j == b] - p(j) and
+    [j in b] p(j) / s(b) - p(j).
+    """
+    student = _row(student_log_probs)
+    seen = restrict_by_tail(student, ids, tail=tail, side="student")
+    slope = log_slope(seen, restrict_by_tail(teacher_log_probs, ids, tail=tail, side="teacher"))
+    for w in slope:
+        _require_finite(float(w), "divergence of these rows")
+    total = math.fsum(slope)
+    gradient = np.zeros(len(student))
+    for j in range(len(student)):
+        inside = j in ids
+        if tail == "renormalise":
+            if inside:
+                b = list(ids).index(j)
+                gradient[j] = slope[b] - math.exp(seen[b]) * total
+        elif tail == "truncate":
+            own = slope[list(ids).index(j)] if inside else 0.0
+            gradient[j] = own - math.exp(student[j]) * total
+        elif student[j] > -math.inf:
+            b = list(ids).index(j) if inside else len(ids)
+            share = math.exp(student[j] - seen[b])
+            gradient[j] = share * slope[b] - math.exp(student[j]) * total
+        elif inside:
+            gradient[j] = slope[list(ids).index(j)]
+    return gradient
+
+
+def forward_kl_log_slope(student: Row, teacher: Row) -> Row:
+    """-teacher(v)."""
+    _require_finite(_kl(teacher, student), "forward KL")
+    return np.array([-math.exp(t) for _, t in _pairs(student, teacher)])
+
+
+def reverse_kl_log_slope(student: Row, teacher: Row) -> Row:
+    """student(v) * (log(student(v) / teacher(v)) + 1).
+
+    With the tail rule `truncate` this is the live gradient of the un-normalised sum, whose +1
+    pushes mass out of the support.
+    """
+    return np.array(
+        [math.exp(s) * (s - t + 1) if s > -math.inf else 0.0 for s, t in _pairs(student, teacher)]
+    )
+
+
+def truncated_reverse_kl_log_slope(student: Row, teacher: Row) -> Row:
+    """student(v) * log(student(v) / teacher(v)): the reverse KL's without the +1."""
+    return np.array(
+        [math.exp(s) * (s - t) if s > -math.inf else 0.0 for s, t in _pairs(student, teacher)]
+    )
+
+
+def generalized_jsd_log_slope(student: Row, teacher: Row, *, teacher_weight: float) -> Row:
+    """(1 - w) * student(v) * log(student(v) / m(v))."""
+    mixture = mix(student, teacher, teacher_weight=teacher_weight)
+    return np.array(
+        [
+            (1 - teacher_weight) * math.exp(s) * (s - m) if s > -math.inf else 0.0
+            for s, m in _pairs(student, mixture)
+        ]
+    )
+
+
+def skew_forward_kl_log_slope(student: Row, teacher: Row, *, skew: float) -> Row:
+    """-(1 - skew) * teacher(v) * student(v) / m(v)."""
+    mixture = mix(student, teacher, teacher_weight=skew)
+    return np.array(
+        [
+            -(1 - skew) * math.exp(s + t - m) if s > -math.inf else 0.0
+            for (s, t), m in zip(_pairs(student, teacher), mixture, strict=True)
+        ]
+    )
+
+
+def skew_reverse_kl_log_slope(student: Row, teacher: Row, *, skew: float) -> Row:
+    """student(v) * (log(student(v) / m(v)) + 1 - skew * student(v) / m(v))."""
+    mixture = mix(student, teacher, teacher_weight=1 - skew)
+    return np.array(
+        [
+            math.exp(s) * (s - m + 1 - skew * math.exp(s - m)) if s > -math.inf else 0.0
+            for s, m in _pairs(student, mixture)
+        ]
+    )
+
+
+def alpha_divergence_log_slope(student: Row, teacher: Row, *, alpha: float) -> Row:
+    """-teacher(v)^a * student(v)^(1 - a) / a."""
+    return np.array(
+        [-_product_of_powers(t, alpha, s, 1 - alpha) / alpha for s, t in _pairs(student, teacher)]
+    )
+
+
+def squared_hellinger_log_slope(student: Row, teacher: Row) -> Row:
+    """-sqrt(teacher(v) * student(v)) / 2: of 1 - sum of roots, on rows that are normalised."""
+    return np.array([-0.5 * math.exp(0.5 * (s + t)) for s, t in _pairs(student, teacher)])
+
+
+def power_divergence_log_slope(student: Row, teacher: Row, *, power: float) -> Row:
+    """student(v) * (student(v)^a - teacher(v)^a) / a."""
+    return np.array(
+        [
+            math.exp(s) * (math.exp(power * s) - math.exp(power * t)) / power
+            for s, t in _pairs(student, teacher)
+        ]
+    )
+
+
+def total_variation_log_slope(student: Row, teacher: Row) -> Row:
+    """student(v) * sign(student(v) - teacher(v)) / 2."""
+    return np.array([0.5 * math.exp(s) * _sign(s - t) for s, t in _pairs(student, teacher)])
+
+
+# --------------------------------------------------------------------------------------------
 
 
 def _row(log_probs: npt.ArrayLike) -> Row:
@@ -378,6 +909,30 @@ def _kl(first: Row, second: Row) -> float:
             return math.inf
         total += math.exp(first[v]) * (first[v] - second[v])
     return total
+
+
+def _pairs(first: Row, second: Row) -> list[tuple[float, float]]:
+    return [(float(f), float(s)) for f, s in zip(first, second, strict=True)]
+
+
+def _massless(log_probs: Row) -> bool:
+    return all(logp == -math.inf for logp in log_probs)
+
+
+def _sign(x: float) -> float:
+    """-1, 0 or 1; 0 for the nan of two entries without mass."""
+    return float(x > 0) - float(x < 0)
+
+
+def _product_of_powers(log_x: float, a: float, log_y: float, b: float) -> float:
+    """x^a * y^b for a + b = 1, neither of them 0: 0 where both x and y are, else the limit."""
+    if log_x == log_y == -math.inf:
+        return 0.0
+    if log_x == -math.inf:
+        return 0.0 if a > 0 else math.inf
+    if log_y == -math.inf:
+        return 0.0 if b > 0 else math.inf
+    return math.exp(a * log_x + b * log_y)
 
 
 def _centred(student: Row, slope: Row) -> Row:

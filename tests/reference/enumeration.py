@@ -14,21 +14,35 @@ Source: survey of on-policy distillation, arXiv:2606.22793, Eqs. 3-8 and 15-20.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from opd.types import Provenance
 
-from .divergences import Row, log_softmax, reverse_kl
+from .divergences import (
+    Row,
+    gradient_by_tail,
+    log_mass_outside,
+    log_softmax,
+    reverse_kl,
+    reverse_kl_gradient,
+    reverse_kl_log_slope,
+)
+from .routing import exact_transfer
 
 State = tuple[int, ...]
 Response = tuple[int, ...]
 Table = npt.NDArray[np.float64]
-AdvantageFn = Callable[[Response], Sequence[float]]
+Column = Sequence[float] | Row
+AdvantageFn = Callable[[Response], Column]
+JointAdvantageFn = Callable[[tuple[Response, ...]], Sequence[Column]]
+TokenGradientFn = Callable[[int], Row]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +76,63 @@ class Tree:
         teacher = 1.5 * generator.normal(size=shape)
         return cls(vocab_size, horizon, end_id, states, student, teacher)
 
+    @classmethod
+    def markov(
+        cls,
+        student_rows: npt.ArrayLike,
+        teacher_rows: npt.ArrayLike,
+        *,
+        horizon: int = 4,
+        end_id: int | None = None,
+    ) -> Tree:
+        """Logits that depend on the last token only, though each state has a row of its own.
+
+        `student_rows` and `teacher_rows` are `[V + 1, V]`: one row per last token, then the row
+        of the state before any.
+        """
+        student = np.asarray(student_rows, dtype=np.float64)
+        teacher = np.asarray(teacher_rows, dtype=np.float64)
+        vocab_size = student.shape[1]
+        states = _states(vocab_size, horizon, end_id)
+        last = [state[-1] if state else vocab_size for state in states]
+        return cls(vocab_size, horizon, end_id, states, student[last], teacher[last])
+
+    @classmethod
+    def fast_mixing(cls, *, seed: int, horizon: int = 4, end_id: int | None = None) -> Tree:
+        """A Markov chain that all but forgets its last token: rows differ by 0.2 at most."""
+        generator = np.random.default_rng(seed)
+        common = generator.normal(size=(2, 1, 3))
+        rows = common + 0.1 * generator.uniform(-1, 1, size=(2, 4, 3))
+        return cls.markov(rows[0], rows[1], horizon=horizon, end_id=end_id)
+
+    @classmethod
+    def slow_mixing(cls, *, seed: int, horizon: int = 4) -> Tree:
+        """A Markov chain that repeats its last token about nine times in ten, student and teacher.
+
+        They differ in where they start and in how sticky each token is.
+        """
+        generator = np.random.default_rng(seed)
+        rows = 0.5 * generator.normal(size=(2, 4, 3))
+        for token in range(3):
+            rows[:, token, token] += 3.0
+        rows[1, 3] += [1.0, 0.0, -1.0]
+        return cls.markov(rows[0], rows[1], horizon=horizon)
+
+    @classmethod
+    def absorbing(cls, *, seed: int, horizon: int = 4, end_id: int | None = None) -> Tree:
+        """A Markov chain with an error, token 2: hard to leave for the student and the teacher.
+
+        The student makes it often and the teacher hardly ever, but after it the two agree: no
+        local signal is left, and the teacher cannot recover.
+        """
+        generator = np.random.default_rng(seed)
+        rows = 0.5 * generator.normal(size=(2, 4, 3))
+        rows[:, 2] = [-3.0, -3.0, 3.0]
+        for state in (0, 1, 3):
+            rows[0, state, 2] = 0.0
+            rows[1, state, 2] = -4.0
+        return cls.markov(rows[0], rows[1], horizon=horizon, end_id=end_id)
+
     def with_student(self, student_logits: npt.ArrayLike) -> Tree:
         """The same tree and teacher with another student."""
         table = np.asarray(student_logits, dtype=np.float64)
@@ -71,15 +142,27 @@ class Tree:
 
     def row(self, state: State) -> int:
         """The row of a state in the tables."""
-        return self.states.index(state)
+        return self._rows[state]
 
     def student(self, state: State) -> Row:
         """The student's log-probabilities at a state."""
-        return log_softmax(self.student_logits[self.row(state)])
+        return self._student_log_probs[self.row(state)]
 
     def teacher(self, state: State) -> Row:
         """The teacher's log-probabilities at a state."""
-        return log_softmax(self.teacher_logits[self.row(state)])
+        return self._teacher_log_probs[self.row(state)]
+
+    @cached_property
+    def _rows(self) -> dict[State, int]:
+        return {state: row for row, state in enumerate(self.states)}
+
+    @cached_property
+    def _student_log_probs(self) -> list[Row]:
+        return [log_softmax(logits) for logits in self.student_logits]
+
+    @cached_property
+    def _teacher_log_probs(self) -> list[Row]:
+        return [log_softmax(logits) for logits in self.teacher_logits]
 
     def ended(self, state: State) -> bool:
         """Whether no further token follows."""
@@ -120,6 +203,10 @@ class Tree:
         """D(state) = KL(student || teacher) of the next token."""
         return reverse_kl(self.student(state), self.teacher(state))
 
+    def divergences(self, response: Response) -> list[float]:
+        """D of the state each token of a response was chosen in."""
+        return [self.divergence(response[:t]) for t in range(len(response))]
+
 
 def _states(vocab_size: int, horizon: int, end_id: int | None) -> tuple[State, ...]:
     states: list[State] = [()]
@@ -152,6 +239,23 @@ def value(tree: Tree, state: State) -> float:
     return total
 
 
+def discounted_value(tree: Tree, state: State, *, gamma: float) -> float:
+    """The student's expected sum of gamma^l times the l-th reward from a state on."""
+    if tree.ended(state):
+        return 0.0
+    total = -tree.divergence(state)
+    student = tree.student(state)
+    for token in range(tree.vocab_size):
+        following = discounted_value(tree, (*state, token), gamma=gamma)
+        total += gamma * math.exp(student[token]) * following
+    return total
+
+
+def values_along(tree: Tree, response: Response, *, gamma: float = 1.0) -> list[float]:
+    """The exact value of the state each token of a response was chosen in."""
+    return [discounted_value(tree, response[:t], gamma=gamma) for t in range(len(response))]
+
+
 def sequence_reverse_kl(tree: Tree) -> float:
     """KL over whole responses: sum of student(y) * (log student(y) - log teacher(y)).
 
@@ -178,11 +282,12 @@ def exact_sequence_reverse_kl_gradient(tree: Tree) -> Table:
     return gradient
 
 
-def exact_local_gradient(tree: Tree) -> Table:
+def exact_local_gradient(tree: Tree, *, behaviour: Tree | None = None) -> Table:
     """Gradient of sum over states of Pr(state) * D(state) with Pr held fixed.
 
     Per state Pr(state) * student(j) * (log(student(j) / teacher(j)) - D(state)): what per-token
-    reverse KL on the student's own text descends.
+    reverse KL on the student's own text descends. `behaviour` is the tree whose student wrote the
+    text, if it is another.
 
     Source: arXiv:2606.22793, Eqs. 7 and 16.
     """
@@ -190,7 +295,7 @@ def exact_local_gradient(tree: Tree) -> Table:
     for state in tree.states:
         student, teacher = tree.student(state), tree.teacher(state)
         divergence = tree.divergence(state)
-        reached = tree.probability(state)
+        reached = (behaviour or tree).probability(state)
         for j in range(tree.vocab_size):
             gradient[tree.row(state)][j] = (
                 reached * math.exp(student[j]) * (student[j] - teacher[j] - divergence)
@@ -202,14 +307,17 @@ def exact_local_gradient(tree: Tree) -> Table:
 # Estimators
 
 
-def expected_gradient(tree: Tree, advantage_fn: AdvantageFn) -> tuple[Table, float]:
+def expected_gradient(
+    tree: Tree, advantage_fn: AdvantageFn, *, behaviour: Tree | None = None
+) -> tuple[Table, float]:
     """Mean and total variance of the gradient of -sum over t of advantage(t) * log student(token).
 
     One response is one sample. The advantage is held fixed: it is a number per token.
 
     Args:
-        tree: where responses come from.
+        tree: whose student is trained.
         advantage_fn: from a response of n tokens to its n advantages.
+        behaviour: the tree whose student writes the responses; the same where left out.
 
     Returns:
         The exact mean `[states, V]`, and the sum of the variances of its entries.
@@ -218,17 +326,154 @@ def expected_gradient(tree: Tree, advantage_fn: AdvantageFn) -> tuple[Table, flo
     """
     mean = np.zeros(tree.student_logits.shape)
     mean_square = 0.0
+    writer = behaviour or tree
     for response in tree.responses():
-        probability = tree.probability(response)
-        advantage = advantage_fn(response)
-        if len(advantage) != len(response):
-            raise ValueError(f"{len(response)} tokens need as many advantages, not {advantage}")
-        sample = np.zeros(tree.student_logits.shape)
-        for t in range(len(response)):
-            sample[tree.row(response[:t])] -= advantage[t] * _score(tree, response, t)
+        probability = writer.probability(response)
+        sample = _sample_gradient(tree, response, advantage_fn(response))
         mean += probability * sample
         mean_square += probability * float((sample * sample).sum())
     return mean, mean_square - float((mean * mean).sum())
+
+
+def expected_gradient_of_groups(
+    tree: Tree, advantage_fn: JointAdvantageFn, *, size: int = 2
+) -> tuple[Table, float]:
+    """`expected_gradient` where `size` independent responses are one sample, averaged.
+
+    Every ordered group of responses is visited: for trees with a handful of them.
+
+    Args:
+        tree: where responses come from.
+        advantage_fn: from the responses of a group to the advantages of each one's tokens.
+        size: how many responses there are to a group.
+
+    Returns:
+        The exact mean `[states, V]` of the group's mean gradient, and its total variance.
+    """
+    mean = np.zeros(tree.student_logits.shape)
+    mean_square = 0.0
+    for group in itertools.product(tree.responses(), repeat=size):
+        probability = math.prod(tree.probability(response) for response in group)
+        advantages = advantage_fn(group)
+        sample = np.zeros(tree.student_logits.shape)
+        for response, advantage in zip(group, advantages, strict=True):
+            sample += _sample_gradient(tree, response, advantage) / size
+        mean += probability * sample
+        mean_square += probability * float((sample * sample).sum())
+    return mean, mean_square - float((mean * mean).sum())
+
+
+def padded_group(
+    group: Sequence[Response], columns: Sequence[Column]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Numbers per token of a group as `[B, T]` with their mask, padded on the right with nan."""
+    shape = (len(group), max(len(response) for response in group))
+    numbers, mask = np.full(shape, math.nan), np.zeros(shape, np.bool_)
+    for b, response in enumerate(group):
+        for t in range(len(response)):
+            numbers[b, t], mask[b, t] = columns[b][t], True
+    return numbers, mask
+
+
+def token_ratios(tree: Tree, behaviour: Tree, response: Response) -> list[float]:
+    """student(token) / behaviour(token) for each token of a response."""
+    pairs = zip(tree.student_logp(response), behaviour.student_logp(response), strict=True)
+    return [math.exp(student - written) for student, written in pairs]
+
+
+# --------------------------------------------------------------------------------------------
+# Estimators of one state from one token
+
+
+def expected_token_gradient(
+    student_logits: npt.ArrayLike, gradient_fn: TokenGradientFn
+) -> tuple[Row, float]:
+    """Mean and total variance of a gradient over the student's own next token."""
+    student = log_softmax(student_logits)
+    mean, mean_square = np.zeros(len(student)), 0.0
+    for token in range(len(student)):
+        sample = gradient_fn(token)
+        mean += math.exp(student[token]) * sample
+        mean_square += math.exp(student[token]) * float((sample * sample).sum())
+    return mean, mean_square - float((mean * mean).sum())
+
+
+def sampled_gradient(student_logits: npt.ArrayLike, token: int, advantage: float) -> Row:
+    """-advantage * score(token): what a sampled token descends."""
+    student = log_softmax(student_logits)
+    return -advantage * _token_score(student, token)
+
+
+def residual_gradient(
+    student_logits: npt.ArrayLike,
+    teacher_logits: npt.ArrayLike,
+    token: int,
+    support: Sequence[int],
+) -> Row:
+    """ResOPD's gradient from one token, with r(v) = log(student(v) / teacher(v)):
+
+        sum over v in S of student(v) r(v) grad log student(v) + student(tail) mu
+        + [token not in S] (r(token) grad log student(token) - mu)
+        mu = log(student(tail) / teacher(tail)) grad log student(tail)
+
+    The first line is the reverse KL's with a tail bucket; the second has the expectation of what
+    the bucket hides.
+
+    Source: arXiv:2610.04882.
+    """
+    student, teacher = log_softmax(student_logits), log_softmax(teacher_logits)
+    student_tail = log_mass_outside(student, support)
+    outside = [v for v in range(len(student)) if v not in support]
+    tail_score = np.zeros(len(student))
+    for v in outside:
+        tail_score += math.exp(student[v] - student_tail) * _token_score(student, v)
+    bucket = np.zeros(len(student))
+    if outside:
+        bucket = (student_tail - log_mass_outside(teacher, support)) * tail_score
+    gradient = math.exp(student_tail) * bucket
+    for v in support:
+        ratio = student[v] - teacher[v]
+        gradient += math.exp(student[v]) * ratio * _token_score(student, v)
+    if token in outside:
+        gradient += (student[token] - teacher[token]) * _token_score(student, token) - bucket
+    return gradient
+
+
+def bucketed_gradient(
+    student_logits: npt.ArrayLike, teacher_logits: npt.ArrayLike, support: Sequence[int]
+) -> Row:
+    """The gradient of the reverse KL with a tail bucket: ResOPD without its residual."""
+    return gradient_by_tail(
+        reverse_kl_log_slope,
+        log_softmax(student_logits),
+        log_softmax(teacher_logits),
+        support,
+        tail="bucket",
+    )
+
+
+def expected_routed_gradient(
+    student_logits: npt.ArrayLike, teacher_logits: npt.ArrayLike
+) -> tuple[Row, float]:
+    """`exact_transfer` over the student's own next token."""
+    return expected_token_gradient(
+        student_logits, lambda token: exact_transfer(student_logits, teacher_logits, token)
+    )
+
+
+def cached_reward_gradient(
+    student_logits: npt.ArrayLike, teacher_logits: npt.ArrayLike, old_logits: npt.ArrayLike
+) -> Row:
+    """What a cached log-ratio, log teacher - log old, descends on the student's tokens.
+
+    grad KL(student || teacher) - grad KL(student || old), and 0 for the second where they agree.
+
+    Source: arXiv:2606.22793, Eqs. 24-27, worked out.
+    """
+    student = log_softmax(student_logits)
+    return reverse_kl_gradient(student, log_softmax(teacher_logits)) - reverse_kl_gradient(
+        student, log_softmax(old_logits)
+    )
 
 
 @dataclass(frozen=True)
@@ -345,9 +590,24 @@ def padded_responses(tree: Tree) -> PaddedResponses:
     )
 
 
+def _sample_gradient(tree: Tree, response: Response, advantage: Column) -> Table:
+    if len(advantage) != len(response):
+        raise ValueError(f"{len(response)} tokens need as many advantages, not {advantage}")
+    sample = np.zeros(tree.student_logits.shape)
+    for t in range(len(response)):
+        sample[tree.row(response[:t])] -= advantage[t] * _score(tree, response, t)
+    return sample
+
+
 def _score(tree: Tree, response: Response, t: int) -> Row:
     """d log student(response[t]) / d logits of its state."""
-    student = tree.student(response[:t])
+    return _token_score(tree.student(response[:t]), response[t])
+
+
+def _token_score(student_log_probs: Row, token: int) -> Row:
     return np.array(
-        [(1.0 if j == response[t] else 0.0) - math.exp(student[j]) for j in range(tree.vocab_size)]
+        [
+            (1.0 if j == token else 0.0) - math.exp(student_log_probs[j])
+            for j in range(len(student_log_probs))
+        ]
     )

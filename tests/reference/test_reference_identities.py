@@ -15,6 +15,15 @@ from opd.types import Provenance
 
 from . import divergences as dv
 from . import objectives as ob
+from .checks import (
+    GRADIENT_BOUND,
+    IDENTITY_BOUND,
+    Array,
+    finite_differences,
+    largest,
+    logit_rows,
+    logs,
+)
 from .credit import discounted, immediate, per_state_baseline, return_to_go, teacher_log_ratio
 from .divergences import log_softmax
 from .enumeration import (
@@ -31,36 +40,8 @@ from .enumeration import (
     value,
 )
 
-Array = npt.NDArray[np.float64]
-
-GRADIENT_BOUND = 1e-7
-IDENTITY_BOUND = 1e-8
 SUPPORTS = ([0, 2], [4, 1, 3], [3])
 JSD_WEIGHTS = (0.1, 0.5, 0.9)
-
-
-def finite_differences(loss: Callable[[Array], float], at: Array, step: float = 1e-5) -> Array:
-    """Central differences, one coordinate at a time."""
-    gradient = np.zeros(at.shape)
-    for index in np.ndindex(at.shape):
-        up, down = at.copy(), at.copy()
-        up[index] += step
-        down[index] -= step
-        gradient[index] = (loss(up) - loss(down)) / (2 * step)
-    return gradient
-
-
-def largest(difference: Array) -> float:
-    return float(np.abs(difference).max())
-
-
-def logs(*probabilities: float) -> Array:
-    return np.array([math.log(p) if p else -math.inf for p in probabilities])
-
-
-def logit_rows(seed: int, size: int = 5) -> tuple[Array, Array]:
-    generator = np.random.default_rng(seed)
-    return generator.normal(size=size), 1.5 * generator.normal(size=size)
 
 
 # --------------------------------------------------------------------------------------------

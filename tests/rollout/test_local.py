@@ -143,7 +143,7 @@ def test_fast_logits_equal_generic_ones_through_growth_and_dropped_rows(
         fast: local.Decoder = FastDecoder(
             loaded.model, unembedding(loaded.model, loaded.vocab_size), fold=fold
         )
-        generic: local.Decoder = local._GenericDecoder(loaded, {})
+        generic: local.Decoder[Tensor] = local._GenericDecoder(loaded, {})
         logits = fast.prefill(unique, rows, 12), generic.prefill(unique, rows, 12)
         for step in range(12):
             assert (logits[0] - logits[1]).abs().max() <= TOLERANCE
@@ -234,7 +234,7 @@ def test_later_tokens_are_recorded_under_the_truncated_distribution() -> None:
 def test_inverse_cdf_never_picks_a_token_without_mass() -> None:
     probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     for uniform, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (1 - 2**-50, 3)):
-        drawn = local._inverse_cdf(probabilities, torch.tensor([[uniform]], dtype=torch.float64))
+        drawn = local.inverse_cdf(probabilities, torch.tensor([[uniform]], dtype=torch.float64))
         assert drawn.item() == token
 
 

@@ -203,7 +203,8 @@ def test_everything_about_a_row_stays_with_it(
     seed: int, lengths: list[int], max_tokens: int
 ) -> None:
     whole = labelled(seed, lengths)
-    all_prefixes = prefixes(whole)
+    all_prefixes, whole_special_ids = prefixes(whole), whole.token.special_ids
+    assert whole_special_ids is not None
 
     def per_row(batch: Batch) -> dict[str, Tensor]:
         token = batch.token
@@ -217,6 +218,7 @@ def test_everything_about_a_row_stays_with_it(
         found["image"] = batch.model_inputs["image"][:, :1].expand(token.mask.shape)
         for name in ("group", "verdict"):
             found[name] = found[name].unsqueeze(1).expand(token.mask.shape)
+        assert torch.equal(found.pop("special_ids"), whole_special_ids)
         packed = {"student_top_ids": found.pop("student_top_ids")}
         view = token.views["teacher"]
         assert view.sampled_logp is not None

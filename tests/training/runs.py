@@ -38,8 +38,8 @@ TINY: dict[str, Any] = {
     "threads": 1,
 }
 
-# Return-to-go, a schedule, mixed text, a frozen reference, two updates per rollout, a warm-up on
-# the teacher's text: everything with a state of its own.
+# A critic with a replay, schedules, mixed text, a frozen reference, an anchor, two updates per
+# rollout, a warm-up on the teacher's text: everything with a state of its own.
 EVERYTHING: dict[str, Any] = {
     "method": {
         "name": "custom",
@@ -49,16 +49,28 @@ EVERYTHING: dict[str, Any] = {
                 {
                     "kind": "sampled",
                     "reward": "teacher_log_ratio",
-                    "credit": "return_to_go",
+                    "credit": {"use": "gae", "gae_lambda": 0.9},
                     "surrogate": {"use": "clipped", "low": 0.2, "high": 0.28},
                     "coef": {"schedule": "linear", "start": 1.0, "end": 0.1, "steps": 4},
                 },
-                {"kind": "dense", "divergence": "reverse_kl", "against": "reference"},
+                {
+                    "kind": "dense",
+                    "divergence": "reverse_kl",
+                    "against": "reference",
+                    "coef": {
+                        "schedule": "switch",
+                        "before": 1.0,
+                        "after": 0.5,
+                        "statistic": "optimizer/grad_norm",
+                        "above": 0.0,
+                    },
+                },
             ]
         },
     },
     "warmup": {"steps": 2, "prompts_per_step": 4, "source": "teacher", "learning_rate": 1e-3},
-    "train": {"steps": 5, "updates_per_rollout": 2},
+    "train": {"steps": 5, "updates_per_rollout": 2, "anchor": 1.0},
+    "critic": {"warmup_steps": 1, "replay_steps": 2},
 }
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opd.training.config import OptimizerConfig
-from opd.training.optim import clip, learning_rate, make_optimizer, set_learning_rate
+from opd.training.optim import Anchor, clip, learning_rate, make_optimizer, set_learning_rate
 
 Decay = Literal["constant", "linear", "cosine"]
 DECAYS: tuple[Decay, ...] = ("constant", "linear", "cosine")
@@ -102,3 +102,22 @@ def test_a_norm_that_is_not_finite_is_told(bad: float) -> None:
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.tensor([bad])
     assert not math.isfinite(clip({"w": parameter}, 1.0))
+
+
+def test_the_anchor_pulls_by_its_share_of_the_distance_and_says_how_far_it_was() -> None:
+    parameters = {"w": nn.Parameter(torch.tensor([[1.0, 2.0]])), "b": nn.Parameter(torch.zeros(2))}
+    anchor = Anchor(parameters, strength=5.0)
+    with torch.no_grad():
+        parameters["w"] += torch.tensor([[3.0, -4.0]])
+    distance = anchor.pull(parameters, rate=0.1)
+    assert distance == pytest.approx(math.sqrt((9 + 16) / 4))
+    assert parameters["w"].tolist() == [[pytest.approx(4.0 - 1.5), pytest.approx(-2.0 + 2.0)]]
+    assert parameters["b"].tolist() == [0.0, 0.0]
+
+
+def test_an_anchor_that_was_loaded_pulls_towards_what_it_was_given() -> None:
+    parameters = {"w": nn.Parameter(torch.ones(2))}
+    anchor = Anchor(parameters, strength=1.0)
+    anchor.load({"w": torch.zeros(2)})
+    anchor.pull(parameters, rate=0.25)
+    assert parameters["w"].tolist() == [0.75, 0.75]

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from opd import methods
+from opd.errors import ConfigError
 from opd.formula import credit, divergence, reward, support, surrogate
 from opd.objective import Dense, Method, Objective, Sampled
 from opd.rollout.local import LocalSampler
 from opd.rollout.pack import pack_rollout
+from opd.schedule import Linear
 from opd.student import Student
 from opd.teacher.local import LocalTeacher
 from opd.training import step as steps
@@ -59,6 +61,16 @@ def test_supervised_training_on_data_only_updates() -> None:
         ({"top_k": 5}, (), StateSource(), "5 likeliest tokens"),
         ({}, ((1, 2),), StateSource(), "end tokens are compared as one"),
         ({}, (), StateSource(student=0.5, data=0.5), "part of the text is not the student's"),
+        ({}, (), StateSource(mixture=Linear(0.5, 0, 9)), "from a mixture with the teacher"),
+        ({}, (), StateSource(interleave=7), "replaces tokens outside its 7 likeliest"),
+        ({}, (), StateSource(teacher_prefix=2), "writes up to 2 tokens at the beginning"),
+        ({}, (), StateSource(rewrite=0.5), "rewrites part of the wrong responses"),
+        (
+            {"temperature": 0.7},
+            (),
+            StateSource(student=0.5, replay=0.5),
+            "1 steps before; its old_logp is that of the step's first update",
+        ),
     ],
 )
 def test_a_sampler_that_is_not_the_student_is_said_and_observed(
@@ -73,6 +85,86 @@ def test_a_sampler_that_is_not_the_student_is_said_and_observed(
     assert not plan.same_policy
     assert any(words in reason for reason in plan.mismatch)
     assert plan.observe == ("old_logp",)
+
+
+def test_replayed_text_brings_its_own_old_logp_but_not_todays() -> None:
+    """The sampler's numbers are the student's of that time, which is what `old_logp` means."""
+    states = StateSource(student=0.5, replay=0.5, replay_steps=4)
+    plan = make_plan(method(CLIPPED, RETURNS, states=states), PLAIN, updates_per_rollout=2)
+    assert plan.mismatch == ("part of the text was written up to 4 steps before",)
+    assert not plan.same_policy
+    assert plan.observe == ()
+    assert visits(plan) == {"sample": 0.5, "replay": 0.5, "score": 1, "signal": 2, "update": 2}
+
+
+def test_a_horizon_is_no_other_policy_and_lowers_the_samplers_limit() -> None:
+    states = StateSource(horizon=Linear(2, 4, 9))
+    plan = make_plan(method(STUDENT_TOP_K, states=states), PLAIN)
+    assert plan.same_policy
+    assert plan.sampler.max_new_tokens == 4
+    assert plan.sampler.student_top_k == 4
+    assert (
+        make_plan(method(REVERSE_KL, states=StateSource(horizon=9)), PLAIN).sampler.max_new_tokens
+        == 5
+    )
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        (
+            StateSource(student=0.5, data=0.5, mixture=0.25),
+            [("student", "generate", 0.5), ("teacher", "forward per token", 0.5)],
+        ),
+        (
+            StateSource(interleave=4),
+            [("student", "generate", 1), ("teacher", "forward per token", 1)],
+        ),
+        (
+            StateSource(student=0.75, teacher=0.25, teacher_prefix=2),
+            [
+                ("student", "generate", 0.75),
+                ("teacher", "generate", 0.75),
+                ("teacher", "generate", 0.25),
+            ],
+        ),
+        (StateSource(rewrite=0.5), [("student", "generate", 1), ("teacher", "generate", 1)]),
+        (
+            StateSource(student=0.25, replay=0.75),
+            [("student", "generate", 0.25), ("buffer", "no forward", 0.75)],
+        ),
+    ],
+)
+def test_the_plan_shows_what_each_source_costs(
+    states: StateSource, expected: list[tuple[str, str, float]]
+) -> None:
+    passes = make_plan(method(REVERSE_KL, states=states), PLAIN).passes
+    writing = [part for part in passes if part.name in ("sample", "replay", "rewrite")]
+    assert [(part.model, part.kind, part.per_rollout) for part in writing] == expected
+
+
+@pytest.mark.parametrize(
+    ("states", "known"),
+    [
+        ({"mixture": 0.2}, True),
+        ({"interleave": 4}, True),
+        ({"teacher_prefix": 2}, False),
+        ({"rewrite": 0.5}, False),
+        ({"student": 0.5, "replay": 0.5}, False),
+    ],
+)
+def test_top_ids_are_observed_where_no_one_sampler_saw_every_token(
+    states: dict[str, Any], known: bool
+) -> None:
+    plan = make_plan(method(STUDENT_TOP_K, states=StateSource(**states)), PLAIN)
+    assert plan.sampler.student_top_k == (4 if known else 0)
+    assert plan.observe == (() if known else ("student_top_ids",))
+
+
+def test_a_prefix_that_leaves_the_student_nothing_is_refused() -> None:
+    states = StateSource(teacher_prefix=Linear(5, 0, 3))
+    with pytest.raises(ConfigError, match="leaves the student nothing of"):
+        make_plan(method(REVERSE_KL, states=states), PLAIN)
 
 
 def test_sampling_at_the_temperature_of_the_comparison_is_no_mismatch() -> None:

@@ -60,10 +60,31 @@ LORA = merged(
 )
 LORA_FROM_THE_START = merged(LORA, {"warmup": {"steps": 0}})
 
+# A buffer with old text, the teacher in the student's own, and generators of all of them.
+REPLAY = merged(
+    EVERYTHING,
+    {
+        "method": {
+            "states": {
+                "student": 0.25,
+                "data": 0.25,
+                "teacher": 0.0,
+                "replay": 0.5,
+                "replay_steps": 3,
+                "horizon": {"schedule": "linear", "start": 3, "end": 6, "steps": 4},
+                "teacher_prefix": {"schedule": "linear", "start": 2, "end": 0, "steps": 3},
+                "mixture": 0.5,
+                "rewrite": 0.5,
+            }
+        }
+    },
+)
+
 RUNS: Mapping[str, Mapping[str, Any]] = {
     "plain": {},
     "everything": EVERYTHING,
     "gkd": GKD,
+    "replay": REPLAY,
     "lora": LORA,
     "lora from the start": LORA_FROM_THE_START,
 }
@@ -142,7 +163,7 @@ def test_a_run_killed_at_random_times_ends_bit_identical(
     assert outcome(folder) == uninterrupted("everything")
 
 
-@pytest.mark.parametrize("name", ["gkd", "lora", "lora from the start"])
+@pytest.mark.parametrize("name", ["gkd", "replay", "lora", "lora from the start"])
 def test_a_run_continued_after_every_step_ends_bit_identical(
     name: str, tmp_path: Path, uninterrupted: Callable[[str], dict[str, Any]]
 ) -> None:

@@ -28,7 +28,7 @@ def main(arguments: Namespace) -> int:
         if not pairs:
             continue
         screen.print(Text(f"\n{title}", style="bold"))
-        grid = table("", "")
+        grid = table("name", "text")
         grid.show_header = False
         grid.box = None
         grid.padding = (0, 2, 0, 0)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from opd.cli.output import duration
 from opd.formula import reward
-from opd.objective import Objective, Sampled
+from opd.objective import Dense, Objective, Sampled
 from opd.training.loop import StepReport
 from opd.training.session import Phase
 from opd.types import Bound
@@ -149,7 +149,7 @@ def measured(objective: Objective) -> dict[str, str]:
         if isinstance(term, Sampled):
             if Bound.of(term.reward).function is reward.one:
                 named[label] = "negative log-likelihood"
-        elif term.against == "teacher":
+        elif isinstance(term, Dense) and term.against == "teacher":
             name = Bound.of(term.divergence).short_name
             named[label] = DIVERGENCE_WORDS.get(name, name)
     return named

@@ -27,6 +27,7 @@ SECTIONS = (
     "sampler",
     "warmup",
     "train",
+    "critic",
     "evaluate",
     "log",
 )

@@ -302,6 +302,7 @@ def _encode_examples(
             response_ids=response,
             response_mask=None if response is None else (True,) * len(response),
             columns={TASK_COLUMN: task.name},
+            response_text=example.solution,
         )
         for example, ids, response in zip(examples, prompt_ids, responses, strict=True)
     ]

@@ -52,6 +52,7 @@ class _Draft:
     answer: str | None
     columns: Record
     model_inputs: Record
+    response_text: str | None
 
     @property
     def is_empty(self) -> bool:
@@ -141,7 +142,20 @@ def _draft(where: str, record: object, settings: PromptSettings) -> _Draft:
         answer=str(answer) if is_scalar else None,
         columns={name: value for name, value in record.items() if name not in read},
         model_inputs=_model_inputs(where, record),
+        response_text=_response_text(messages, record.get(settings.response_column)),
     )
+
+
+def _response_text(messages: tuple[Message, ...], given: object) -> str | None:
+    """The response as one text: its column's, or what the only message after the prompt says."""
+    if isinstance(given, str):
+        return given
+    if isinstance(given, list | tuple):
+        rest = tuple(given)
+    else:
+        rest = _divide(messages, None)[1] if messages else ()
+    said = rest[0].get("content") if len(rest) == 1 and isinstance(rest[0], Mapping) else None
+    return said if isinstance(said, str) else None
 
 
 def _prompt_column(where: str, record: Record, settings: PromptSettings) -> str:
@@ -291,6 +305,8 @@ def _prompt(
         response_mask=response_mask,
         columns=draft.columns,
         model_inputs=draft.model_inputs,
+        messages=_divide(draft.messages, draft.response)[0] if draft.messages else (),
+        response_text=draft.response_text,
     )
 
 

@@ -11,11 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from opd.formula import support
 from opd.formula.numerics import project
 from opd.head.rows import ChunkFields, likeliest
-from opd.objective import Objective, token_field
+from opd.objective import SETTLED, Objective, token_field
 from opd.types import (
     Batch,
+    Bound,
     FieldKey,
     Provenance,
     Stat,
@@ -26,6 +28,7 @@ from opd.types import (
 )
 
 CHUNK_BYTES = 256 * 2**20
+HIDDEN = FieldKey("student_hidden")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def linear_head(
         wanted: fields to return, packed, detached.
         temperature: divides all logits where there is no objective; an objective has its own.
     """
+    if objective is None and wanted == {HIDDEN}:
+        return HeadOutput(None, fields={HIDDEN: hidden.detach()})  # nothing to project
     if objective is not None:
         temperature = objective.temperature
     visit = _Visit(unembedding, batch, objective, wanted, temperature)
@@ -136,8 +141,10 @@ class _Visit:
         coupled = token.coupled
 
         def token_fields(name: str) -> Tensor:
-            if name.startswith("coupled."):
-                return pack_rows(coupled[name.removeprefix("coupled.")], token.mask)[rows]
+            if name.startswith(SETTLED):
+                return pack_rows(coupled[name.removeprefix(SETTLED)], token.mask)[rows]
+            if name == "special_ids":
+                return token_field(token, name)
             if name == "student_top_ids":
                 return token_field(token, name)[rows]
             packed = pack_rows(token_field(token, name), token.mask)[rows]
@@ -161,7 +168,10 @@ class _Visit:
             {name: scores.rows(rows) for name, scores in token.views.items()},
             project_view,
         )
-        fields = {key: _wanted(look_up, log_probs, key).detach() for key in self.wanted}
+        fields = {
+            key: (hidden if key == HIDDEN else _wanted(look_up, log_probs, key)).detach()
+            for key in self.wanted
+        }
         if self.objective is None:
             return HeadOutput(None, fields=fields)
         return replace(self._evaluate(log_probs, look_up, rows), fields=fields)
@@ -170,12 +180,18 @@ class _Visit:
         self, log_probs: Float[Tensor, "n V"], look_up: ChunkFields, rows: slice
     ) -> HeadOutput:
         assert self.objective is not None
-        losses = self.objective.row_losses(look_up)
+        notes: dict[str, Tensor] = {}
+        losses = self.objective.row_losses(look_up, notes)
+        self._note_replaced(look_up, notes)
         loss = sum_terms([(losses[label], self._factors[label][rows]) for label in losses])
         stats: dict[str, Stat] = {}
         for label, value in losses.items():
             chosen = self._factors[label][rows] != 0
             stats[f"loss/{label}"] = _stat(value, chosen)
+        for name, value in notes.items():
+            label = name.split("/")[1].partition(".")[0]
+            chosen = self._factors[label][rows] != 0
+            stats[name] = _stat(value, chosen)
         by_products = {f"loss/{label}": value.detach() for label, value in losses.items()}
         # the formula's value in two passes over memory; it has no gradient to keep finite
         by_products["student_entropy"] = torch.special.entr(log_probs.detach().exp()).sum(-1)
@@ -188,6 +204,17 @@ class _Visit:
             stats["teacher/log_ratio"] = _stat(ratio, student_rows)
         counted = {name: stat for name, stat in stats.items() if stat.count}
         return HeadOutput(loss, counted, by_products)
+
+    def _note_replaced(self, look_up: ChunkFields, notes: dict[str, Tensor]) -> None:
+        """Where smoothing gave an entry more than the view did, and supports without an entry."""
+        assert self.objective is not None
+        for label, term in self.objective.parts():
+            if term.smoothing:
+                share = look_up.share_at_floor(term.against, term.smoothing)
+                notes[f"changed/{label}/smoothing"] = share
+            if Bound.of(term.support).function is support.intersection:
+                ids = look_up(term.key("support_ids"))
+                notes[f"empty/{label}/support"] = (ids < 0).all(-1).to(torch.float32)
 
 
 def _wanted(look_up: ChunkFields, log_probs: Float[Tensor, "n V"], key: FieldKey) -> Tensor:

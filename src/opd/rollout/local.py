@@ -13,12 +13,13 @@ depend on which other rows are still alive.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -39,26 +40,46 @@ DROP_BELOW = 0.75
 """Ended rows are dropped once at most this share of the decoded rows is alive."""
 
 
+Logits = TypeVar("Logits", covariant=True)
+"""What a decoder returns: one model's `[B, V]`, or those of two models side by side."""
+
+
 @runtime_checkable
-class Decoder(Protocol):
+class Decoder(Protocol[Logits]):
     """A model with a key-value cache: one row per response."""
 
     def prefill(
         self, prompts: Sequence[tuple[int, ...]], rows: Int[Tensor, " B"], room: int
-    ) -> Float[Tensor, "B V"]:
+    ) -> Logits:
         """Read the prompts, give row b a copy of prompt `rows[b]`; logits of the first token.
 
         `room` is how many `step` calls may follow.
         """
         ...
 
-    def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+    def step(self, tokens: Int[Tensor, " B"]) -> Logits:
         """Append one token to every row; logits of the next one."""
         ...
 
     def keep(self, rows: Int[Tensor, " A"]) -> None:
         """Drop every row but these."""
         ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token per row, and what is known of the choice.
+
+    Attributes:
+        probability: of the token, under the distribution it was drawn from.
+        top_ids: the likeliest tokens before truncation, if asked for.
+        by_teacher: True where a teacher chose instead of the student; None: nowhere.
+    """
+
+    tokens: Int[Tensor, "A 1"]
+    probability: Float[Tensor, "A 1"]
+    top_ids: Int[Tensor, "A K"] | None = None
+    by_teacher: Bool[Tensor, "A 1"] | None = None
 
 
 class LocalSampler:
@@ -139,40 +160,35 @@ class LocalSampler:
             DataError: no prompts, or an empty one.
             TrainingError: out of memory.
         """
-        _check_prompts(prompts)
-        self._check_settings(settings)
-        model = self._loaded.model
-        # a model may cache tensors in its forward, and training could not use inference tensors
-        gradients_off = torch.inference_mode() if self._fast else torch.no_grad()
-        with gradients_off, _evaluation_mode(model), _memory_advice(prompts, settings):
-            written = _Written(len(prompts), settings, self._device)
-            for batch in self._batches(prompts, settings.samples_per_prompt):
-                decoder = self._decoder(batch)
-                _decode(decoder, batch, written, settings, self._loaded, generator)
-        return self._rollout(prompts, written, settings, policy_version)
+        loaded = self._loaded
+        check_request(prompts, settings, loaded)
+        with sampling([self], prompts, settings):
+            written = Written(len(prompts), settings, device_of(loaded))
+            for batch in batches(prompts, settings.samples_per_prompt, [loaded]):
+                decode(
+                    self.decoder(batch),
+                    functools.partial(_draw, settings=settings),
+                    batch,
+                    written,
+                    settings,
+                    loaded,
+                    generator,
+                )
+        return written.rollout(
+            prompts,
+            settings,
+            pad_id=loaded.pad_id,
+            policy_version=policy_version,
+            provenance=self._provenance,
+        )
 
     @property
-    def _device(self) -> torch.device:
-        return next(self._loaded.model.parameters()).device
+    def loaded(self) -> LoadedModel:
+        """The model that is sampled."""
+        return self._loaded
 
-    def _check_settings(self, settings: SamplerSettings) -> None:
-        if settings.student_top_k > self._loaded.vocab_size:
-            raise ConfigError(
-                f"sampler.student_top_k is {settings.student_top_k}, but the model knows only "
-                f"{self._loaded.vocab_size} tokens; lower it"
-            )
-
-    def _batches(self, prompts: Sequence[Prompt], repeats: int) -> Iterator[_Batch]:
-        """All prompts at once; for a recurrent model, whose state padding would change, those
-        of one length after the other."""
-        if not getattr(backbone(self._loaded.model), "_is_stateful", False):
-            yield _Batch.of(prompts, range(len(prompts)), repeats)
-            return
-        for length in sorted({len(prompt.prompt_ids) for prompt in prompts}):
-            same = [i for i, prompt in enumerate(prompts) if len(prompt.prompt_ids) == length]
-            yield _Batch.of(prompts, same, repeats)
-
-    def _decoder(self, batch: _Batch) -> Decoder:
+    def decoder(self, batch: PromptBatch) -> Decoder[Float[Tensor, "B V"]]:
+        """A fresh decoder for the responses of a batch."""
         if not self._fast:
             return _GenericDecoder(self._loaded, batch.model_inputs)
         if batch.model_inputs:
@@ -183,44 +199,13 @@ class LocalSampler:
         model = self._loaded.model
         return FastDecoder(model, unembedding(model, self._loaded.vocab_size))
 
-    def _rollout(
-        self,
-        prompts: Sequence[Prompt],
-        written: _Written,
-        settings: SamplerSettings,
-        policy_version: int,
-    ) -> Rollout:
-        longest = int(written.lengths.max())
-        steps = torch.arange(longest, device=self._device)
-        mask = steps < written.lengths[:, None]
-        top_ids = written.top_ids
-        repeats = settings.samples_per_prompt
-        records = tuple(prompt for prompt in prompts for _ in range(repeats))
-        group = torch.arange(len(prompts), device=self._device).repeat_interleave(repeats)
-        return Rollout(
-            prompt_ids=tuple(record.prompt_ids for record in records),
-            tokens=torch.where(mask, written.tokens[:, :longest], self._loaded.pad_id),
-            mask=mask,
-            provenance=torch.where(mask, int(self._provenance), int(Provenance.PADDING)),
-            sampler_logp=torch.where(mask, written.logp[:, :longest], 0.0),
-            policy_version=torch.where(mask, policy_version, -1),
-            group=group,
-            stop_reason=written.stop_reason,
-            verdict=torch.full((len(records),), float("nan"), device=self._device),
-            sampler_top_ids=None
-            if top_ids is None
-            else torch.where(mask[..., None], top_ids[:, :longest], 0),
-            prompts=records,
-            model_inputs=tuple(record.model_inputs for record in records),
-        )
-
 
 # --------------------------------------------------------------------------------------------
 # The batch and what is written about it
 
 
 @dataclass(frozen=True)
-class _Batch:
+class PromptBatch:
     """B responses to write. Equal prompts without further inputs are read once.
 
     Attributes:
@@ -236,7 +221,7 @@ class _Batch:
     model_inputs: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], indices: Sequence[int], repeats: int) -> _Batch:
+    def of(cls, prompts: Sequence[Prompt], indices: Sequence[int], repeats: int) -> PromptBatch:
         """`repeats` responses to each of the prompts at `indices`."""
         number: dict[Any, int] = {}
         chosen: list[Prompt] = []
@@ -256,7 +241,38 @@ class _Batch:
         )
 
 
-def _check_prompts(prompts: Sequence[Prompt]) -> None:
+def batches(
+    prompts: Sequence[Prompt], repeats: int, models: Sequence[LoadedModel]
+) -> Iterator[PromptBatch]:
+    """All prompts at once; for a recurrent model, whose state padding would change, those of one
+    length after the other."""
+    if not any(getattr(backbone(loaded.model), "_is_stateful", False) for loaded in models):
+        yield PromptBatch.of(prompts, range(len(prompts)), repeats)
+        return
+    for length in sorted({len(prompt.prompt_ids) for prompt in prompts}):
+        same = [i for i, prompt in enumerate(prompts) if len(prompt.prompt_ids) == length]
+        yield PromptBatch.of(prompts, same, repeats)
+
+
+def device_of(loaded: LoadedModel) -> torch.device:
+    """Where the model's weights are."""
+    return next(loaded.model.parameters()).device
+
+
+def check_request(
+    prompts: Sequence[Prompt], settings: SamplerSettings, loaded: LoadedModel
+) -> None:
+    """Refuse prompts and settings that cannot be sampled.
+
+    Raises:
+        DataError: no prompts, or an empty one.
+        ConfigError: more top ids than there are tokens.
+    """
+    if settings.student_top_k > loaded.vocab_size:
+        raise ConfigError(
+            f"sampler.student_top_k is {settings.student_top_k}, but the model knows only "
+            f"{loaded.vocab_size} tokens; lower it"
+        )
     if not prompts:
         raise DataError("there are no prompts to sample from")
     for prompt in prompts:
@@ -267,7 +283,7 @@ def _check_prompts(prompts: Sequence[Prompt]) -> None:
             )
 
 
-class _Written:
+class Written:
     """What has been sampled, for every response, on the model's device.
 
     Beyond `lengths` the entries are whatever the model went on to write, and mean nothing.
@@ -280,27 +296,68 @@ class _Written:
         self.logp = torch.zeros(shape, device=device)
         k = settings.student_top_k
         self.top_ids = torch.zeros((*shape, k), dtype=torch.long, device=device) if k else None
+        self.by_teacher: Bool[Tensor, "B T"] | None = None
         self.lengths = torch.full((rows,), settings.max_new_tokens, device=device)
         self.reason = torch.full((rows,), STOP_REASONS.index("length"), device=device)
 
-    @property
-    def stop_reason(self) -> tuple[str, ...]:
-        return tuple(STOP_REASONS[index] for index in self.reason.tolist())
+    def rollout(
+        self,
+        prompts: Sequence[Prompt],
+        settings: SamplerSettings,
+        *,
+        pad_id: int,
+        policy_version: int,
+        provenance: Provenance = Provenance.STUDENT,
+    ) -> Rollout:
+        """The responses as a rollout, padding and provenance settled."""
+        device = self.tokens.device
+        longest = int(self.lengths.max())
+        mask = torch.arange(longest, device=device) < self.lengths[:, None]
+        writer = torch.full_like(self.tokens[:, :longest], int(provenance))
+        if self.by_teacher is not None:
+            writer[self.by_teacher[:, :longest]] = int(Provenance.TEACHER)
+        repeats = settings.samples_per_prompt
+        records = tuple(prompt for prompt in prompts for _ in range(repeats))
+        return Rollout(
+            prompt_ids=tuple(record.prompt_ids for record in records),
+            tokens=torch.where(mask, self.tokens[:, :longest], pad_id),
+            mask=mask,
+            provenance=torch.where(mask, writer, int(Provenance.PADDING)),
+            sampler_logp=torch.where(mask, self.logp[:, :longest], 0.0),
+            policy_version=torch.where(mask, policy_version, -1),
+            group=torch.arange(len(prompts), device=device).repeat_interleave(repeats),
+            stop_reason=tuple(STOP_REASONS[index] for index in self.reason.tolist()),
+            verdict=torch.full((len(records),), float("nan"), device=device),
+            sampler_top_ids=None
+            if self.top_ids is None
+            else torch.where(mask[..., None], self.top_ids[:, :longest], 0),
+            prompts=records,
+            model_inputs=tuple(record.model_inputs for record in records),
+        )
 
 
 # --------------------------------------------------------------------------------------------
 # The loop
 
 
-def _decode(
-    decoder: Decoder,
-    batch: _Batch,
-    written: _Written,
+AnyLogits = TypeVar("AnyLogits")
+
+
+def decode(
+    decoder: Decoder[AnyLogits],
+    draw: Callable[[AnyLogits, Float64[Tensor, "A 1"]], Drawn],
+    batch: PromptBatch,
+    written: Written,
     settings: SamplerSettings,
     loaded: LoadedModel,
     generator: torch.Generator,
 ) -> None:
-    """Sample every response of a batch into `written`."""
+    """Sample every response of a batch into `written`.
+
+    Args:
+        draw: chooses one token per row from what the decoder returns and a uniform number.
+        loaded: whose end tokens end a response.
+    """
     device = written.tokens.device
     rows = torch.tensor(batch.rows, device=device)  # which responses the decoded rows are
     drawn = torch.arange(len(rows), device=device)  # which uniform numbers are theirs
@@ -317,7 +374,9 @@ def _decode(
         for step in range(steps):
             if start + step > 0:
                 logits = decoder.step(tokens)
-            tokens = block.draw(logits, uniform[step], settings)
+            drawn_now = draw(logits, uniform[step])
+            tokens = drawn_now.tokens.squeeze(1)
+            block.append(drawn_now)
         block.write(written, rows, start)
         is_open &= ~ending.record(written, rows, is_open, start, start + steps)
         n_open = int(is_open.sum())
@@ -343,51 +402,61 @@ class _Block:
     """The decode steps between two looks at which rows have ended."""
 
     def __init__(self) -> None:
-        self._tokens: list[Int[Tensor, " A"]] = []
-        self._probability: list[Float[Tensor, "A 1"]] = []
-        self._top_ids: list[Int[Tensor, "A K"]] = []
+        self._drawn: list[Drawn] = []
 
-    def draw(
-        self,
-        logits: Float[Tensor, "A V"],
-        uniform: Float64[Tensor, "A 1"],
-        settings: SamplerSettings,
-    ) -> Int[Tensor, " A"]:
-        """Sample one token per row, and note it."""
-        if settings.student_top_k:
-            self._top_ids.append(logits.topk(settings.student_top_k).indices)
-        if settings.temperature == 0:
-            tokens = logits.argmax(-1, keepdim=True)
-            probability = torch.ones_like(tokens, dtype=logits.dtype)
-        else:
-            probabilities = _probabilities(logits, settings)
-            tokens = _inverse_cdf(probabilities, uniform)
-            probability = probabilities.gather(1, tokens)
-        self._probability.append(probability)
-        self._tokens.append(tokens.squeeze(1))
-        return self._tokens[-1]
+    def append(self, drawn: Drawn) -> None:
+        self._drawn.append(drawn)
 
-    def write(self, written: _Written, rows: Int[Tensor, " A"], start: int) -> None:
+    def write(self, written: Written, rows: Int[Tensor, " A"], start: int) -> None:
         """Copy the block to its place.
 
         Raises:
             TrainingError: the model's logits are not finite.
         """
-        probability = torch.cat(self._probability, 1)
+        probability = torch.cat([drawn.probability for drawn in self._drawn], 1)
         if not torch.isfinite(probability).all():
             raise TrainingError(
                 "the model's logits are not finite, so nothing can be sampled from it: its weights "
                 "have blown up; the last checkpoint is intact, lower the learning rate or clip"
             )
-        steps = slice(start, start + len(self._tokens))
-        written.tokens[rows, steps] = torch.stack(self._tokens, 1)
+        steps = slice(start, start + len(self._drawn))
+        written.tokens[rows, steps] = torch.cat([drawn.tokens for drawn in self._drawn], 1)
         written.logp[rows, steps] = probability.log().float()
         if written.top_ids is not None:
-            written.top_ids[rows, steps] = torch.stack(self._top_ids, 1)
+            top_ids = [drawn.top_ids for drawn in self._drawn if drawn.top_ids is not None]
+            written.top_ids[rows, steps] = torch.stack(top_ids, 1)
+        replaced = [drawn.by_teacher for drawn in self._drawn if drawn.by_teacher is not None]
+        if replaced:
+            if written.by_teacher is None:
+                written.by_teacher = torch.zeros_like(written.tokens, dtype=torch.bool)
+            written.by_teacher[rows, steps] = torch.cat(replaced, 1)
 
 
-def _probabilities(logits: Float[Tensor, "A V"], settings: SamplerSettings) -> Float[Tensor, "A V"]:
-    """The distribution to sample from: temperature, then top-k, then top-p within top-k."""
+def _draw(
+    logits: Float[Tensor, "A V"], uniform: Float64[Tensor, "A 1"], *, settings: SamplerSettings
+) -> Drawn:
+    """Sample one token per row from one model."""
+    top_ids = top_of(logits, settings)
+    if settings.temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+        return Drawn(tokens, torch.ones_like(tokens, dtype=logits.dtype), top_ids)
+    distribution = probabilities(logits, settings)
+    tokens = inverse_cdf(distribution, uniform)
+    return Drawn(tokens, distribution.gather(1, tokens), top_ids)
+
+
+def top_of(logits: Float[Tensor, "A V"], settings: SamplerSettings) -> Int[Tensor, "A K"] | None:
+    """The likeliest tokens, if the settings ask for them."""
+    return logits.topk(settings.student_top_k).indices if settings.student_top_k else None
+
+
+def probabilities(logits: Float[Tensor, "A V"], settings: SamplerSettings) -> Float[Tensor, "A V"]:
+    """The distribution to sample from: temperature, then top-k, then top-p within top-k.
+
+    At temperature 0 all of it is on the likeliest token.
+    """
+    if settings.temperature == 0:
+        return torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
     if settings.temperature != 1:
         logits = logits / settings.temperature
     if settings.top_p < 1 or 0 < settings.top_k < logits.shape[-1]:
@@ -405,17 +474,17 @@ def _truncate(logits: Float[Tensor, "A V"], top_k: int, top_p: float) -> Float[T
     return torch.full_like(logits, -math.inf).scatter(1, ids, values)
 
 
-def _inverse_cdf(
-    probabilities: Float[Tensor, "A V"], uniform: Float64[Tensor, "A 1"]
+def inverse_cdf(
+    distribution: Float[Tensor, "A V"], uniform: Float64[Tensor, "A 1"]
 ) -> Int[Tensor, "A 1"]:
     """One draw per row: the first token up to which the mass exceeds `uniform`.
 
     The sum runs in float64; a token without mass adds nothing to it, so it is never the first.
     Where a probability is NaN the last token is drawn; `write` refuses the block.
     """
-    cumulated = probabilities.cumsum(-1, dtype=torch.float64)
+    cumulated = distribution.cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(cumulated, cumulated[:, -1:] * uniform, right=True)
-    return drawn.clamp_(max=probabilities.shape[-1] - 1)
+    return drawn.clamp_(max=distribution.shape[-1] - 1)
 
 
 class _Ending:
@@ -429,7 +498,7 @@ class _Ending:
         self._tokenizer = loaded.tokenizer
 
     def record(
-        self, written: _Written, rows: Tensor, is_open: Bool[Tensor, " A"], start: int, stop: int
+        self, written: Written, rows: Tensor, is_open: Bool[Tensor, " A"], start: int, stop: int
     ) -> Bool[Tensor, " A"]:
         """Note which rows end within the steps `[start, stop)`, and return which did."""
         tokens = written.tokens[rows, start:stop]
@@ -469,10 +538,13 @@ class _Ending:
             reason[index] = STOP_REASONS.index("stop_string")
 
     def _stops(self, response: list[int]) -> bool:
-        text = self._tokenizer.decode(
-            response, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return any(stop in text for stop in self._stop)
+        return has_stop_string(self._tokenizer, response, self._stop)
+
+
+def has_stop_string(tokenizer: Any, response: Sequence[int], stop: Sequence[str]) -> bool:
+    """Whether one of the strings stands in the decoded response."""
+    text = tokenizer.decode(response, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return any(string in text for string in stop)
 
 
 # --------------------------------------------------------------------------------------------
@@ -540,6 +612,21 @@ class _GenericDecoder:
 
 # --------------------------------------------------------------------------------------------
 # Surroundings
+
+
+@contextmanager
+def sampling(
+    samplers: Sequence[LocalSampler], prompts: Sequence[Prompt], settings: SamplerSettings
+) -> Iterator[None]:
+    """No gradients, no dropout, and advice where memory runs out."""
+    # a model may cache tensors in its forward, and training could not use inference tensors
+    fast = all(sampler.path == "fast" for sampler in samplers)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode() if fast else torch.no_grad())
+        for sampler in samplers:
+            stack.enter_context(_evaluation_mode(sampler.loaded.model))
+        stack.enter_context(_memory_advice(prompts, settings))
+        yield
 
 
 @contextmanager

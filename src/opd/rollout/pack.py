@@ -38,7 +38,7 @@ def pack_rollout(
         merge_ids: groups of ids that are one action, such as several end tokens.
         extra: further `[B]` or `[B, T]` columns for formulas.
     """
-    rollout = _rollout_to(rollout, torch.device("cpu"))
+    rollout = rollout_to(rollout, torch.device("cpu"))
     lengths = rollout.lengths
     longest = max(
         (len(prompt) + int(n) for prompt, n in zip(rollout.prompt_ids, lengths, strict=True)),
@@ -58,7 +58,8 @@ def pack_rollout(
     prompt_lengths = torch.tensor([len(prompt) for prompt in rollout.prompt_ids], dtype=torch.long)
     first_row = torch.arange(len(sequences)) * longest + prompt_lengths - 1
     positions = first_row.unsqueeze(1) + torch.arange(rollout.tokens.shape[1])
-    special = torch.isin(rollout.tokens, torch.tensor(list(special_ids), dtype=torch.long))
+    special_tokens = torch.tensor(list(special_ids), dtype=torch.long)
+    special = torch.isin(rollout.tokens, special_tokens)
     ended = torch.tensor([reason != "length" for reason in rollout.stop_reason], dtype=torch.bool)
     token = TokenBatch(
         tokens=rollout.tokens,
@@ -68,6 +69,7 @@ def pack_rollout(
         group=rollout.group,
         verdict=rollout.verdict,
         special=special,
+        special_ids=special_tokens,
         extra=extra or {},
     )
     batch = Batch(
@@ -148,7 +150,7 @@ def select(batch: Batch, sequences: Sequence[int]) -> Part:
     per_token = {
         item.name: cut(value)
         for item in fields(token)
-        if isinstance(value := getattr(token, item.name), Tensor) and item.name != "student_top_ids"
+        if isinstance(value := getattr(token, item.name), Tensor) and item.name not in _NO_SEQUENCES
     }
     bootstrap = batch.bootstrap_row[picked]
     part = Batch(
@@ -160,6 +162,7 @@ def select(batch: Batch, sequences: Sequence[int]) -> Part:
         token=TokenBatch(
             **per_token,
             student_top_ids=packed,
+            special_ids=token.special_ids,
             views={name: scores.rows(rows) for name, scores in token.views.items()},
             coupled={name: cut(value) for name, value in token.coupled.items()},
             extra={name: cut(value) for name, value in token.extra.items()},
@@ -171,6 +174,10 @@ def select(batch: Batch, sequences: Sequence[int]) -> Part:
         },
     )
     return Part(part, rows)
+
+
+_NO_SEQUENCES = ("student_top_ids", "special_ids")
+"""Fields of a `TokenBatch` whose first axis is not that of the sequences."""
 
 
 def with_token(batch: Batch, **changes: Any) -> Batch:
@@ -186,7 +193,7 @@ def merge_rollouts(parts: Sequence[Rollout], *, pad_id: int) -> Rollout:
     parts = [part for part in parts if part.prompt_ids]
     if len(parts) == 1:
         return parts[0]
-    parts = [_rollout_to(part, torch.device("cpu")) for part in parts]
+    parts = [rollout_to(part, torch.device("cpu")) for part in parts]
     width = max(part.tokens.shape[1] for part in parts)
     group_start, groups = 0, []
     for part in parts:
@@ -260,7 +267,7 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return moved
 
 
-def _rollout_to(rollout: Rollout, device: torch.device) -> Rollout:
+def rollout_to(rollout: Rollout, device: torch.device) -> Rollout:
     moved: dict[str, Any] = {
         item.name: value.to(device)
         for item in fields(rollout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +69,11 @@ class LocalTeacher:
             for part in split(request.batch, max_tokens=self.max_tokens):
                 for name, value in self._answer(part, request, head).items():
                     answers.setdefault(name, []).append((part.rows, value))
+        found: dict[str, Any] = {
+            name: join_parts(values, total) for name, values in answers.items()
+        }
         return TeacherScores(
-            **{name: join_parts(values, total) for name, values in answers.items()},
+            **found,
             unembedding=head if request.distribution else None,
             provenance={"reference": self.loaded.reference},
         )

@@ -18,8 +18,10 @@ from opd.data.records import encode_records
 from opd.data.sources import read_records
 from opd.data.tasks import find_task
 from opd.errors import OpdError
+from opd.formula import reward
 from opd.models import check_same_vocabulary, resolve_device
-from opd.objective import Method, Sampled
+from opd.objective import Dense, Method, Sampled
+from opd.teacher.context import ContextEncoder
 from opd.training.config import Run, StudentConfig, TeacherConfig
 from opd.training.facts import ModelFacts, read_facts
 from opd.training.folder import check_name
@@ -31,11 +33,15 @@ from opd.training.memory import (
 )
 from opd.training.session import (
     Phase,
+    asks_the_teacher,
     build_method,
+    check_context,
+    check_judged,
     check_positions,
     find_verifier,
     make_phases,
     prompt_settings,
+    view_notes,
 )
 from opd.training.step import extra_columns
 
@@ -121,7 +127,8 @@ class _Checker:
         self.attempt("name", lambda: check_name(config.output, config.name))
         self.extras()
         method = self.attempt("method", lambda: build_method(self.run))
-        phases = make_phases(config, method) if method else ()
+        phases = method and self.attempt("method.states", lambda: make_phases(config, method))
+        phases = phases or ()
         student = self.model("student", config.student)
         teacher = self.model("teacher", config.teacher) if config.teacher.model else None
         if student and teacher:
@@ -135,11 +142,14 @@ class _Checker:
         if student:
             self.positions(student, longest)
             self.learning_rates(phases, student)
-            self.disk(student)
+            self.disk(student, phases)
         if device and student and phases and (teacher or not config.teacher.model):
             self.estimate(device, phases[-1], student, teacher, longest)
         for phase in phases:
             self.sampler(phase)
+            for note in view_notes(phase.method):
+                self.note("method.views", note)
+            self.objective(phase)
 
     # -- collecting --------------------------------------------------------------------------
 
@@ -177,8 +187,8 @@ class _Checker:
         if self.run.config.teacher.model:
             return
         for phase in phases:
-            asked = phase.method.objective.views() - {"reference"}
-            if asked or phase.method.states.teacher:
+            asked = asks_the_teacher(phase.method)
+            if asked or phase.method.states.teacher_writes:
                 self.error(
                     "teacher.model",
                     f"the {phase.name} phase ({phase.method.name}) needs a teacher; name a folder "
@@ -193,6 +203,12 @@ class _Checker:
                 "method",
                 f"a support of k = {largest} tokens, but the vocabulary has {vocabulary}; "
                 "lower k, or compare the whole vocabulary",
+            )
+        if method.states.interleave > vocabulary:
+            self.error(
+                "method.states",
+                f"interleave = {method.states.interleave}, but the vocabulary has {vocabulary} "
+                "tokens; lower it",
             )
 
     def adapter(self, student: ModelFacts) -> None:
@@ -230,7 +246,9 @@ class _Checker:
         ]
         if train:
             self.training_prompts(train, phases, responses)
-        self.verifier(train)
+        if train and student and phases:
+            self.contexts(train, phases, student)
+        self.verifier(train, phases)
         return max((sample.longest for sample in samples if sample), default=0)
 
     def source(
@@ -300,7 +318,23 @@ class _Checker:
                 f"{config.data.response_column!r}, or set warmup.source = 'teacher'",
             )
 
-    def verifier(self, train: _Sample | None) -> None:
+    def contexts(self, train: _Sample, phases: tuple[Phase, ...], student: ModelFacts) -> None:
+        """Render what views with a context read, of every record that was looked at."""
+        config = self.run.config
+        settings = prompt_settings(config.data, with_responses=False)
+        encoder = ContextEncoder(student.hollow.tokenizer, settings)
+        check_one = functools.partial(
+            check_context,
+            prompts=train.prompts.prompts,
+            encoder=encoder,
+            limit=student.positions,
+            new=config.sampler.max_new_tokens,
+        )
+        for view in phases[-1].plan.views:
+            if view.context:
+                self.attempt("method.views", functools.partial(check_one, view))
+
+    def verifier(self, train: _Sample | None, phases: tuple[Phase, ...]) -> None:
         """Import it, and try it on one prompt."""
         config = self.run.config
         if train is None and config.data.verifier == "auto":
@@ -310,6 +344,8 @@ class _Checker:
         failed = any(finding.where == "data.verifier" for finding in self.findings)
         if found is None and not failed:
             self.note("data.verifier", "no verifier: accuracy will not be measured")
+            for phase in phases:
+                self.attempt("method", functools.partial(check_judged, phase.method, found))
         if found is not None and prompts.prompts:
             verify, prompt = found, prompts.prompts[0]
             text = prompt.answer or ""
@@ -333,9 +369,43 @@ class _Checker:
             )
 
     def sampler(self, phase: Phase) -> None:
+        horizon, limit = (
+            phase.method.states.reach("horizon"),
+            self.run.config.sampler.max_new_tokens,
+        )
+        if horizon > limit:
+            self.note(
+                "method.states",
+                f"horizon reaches {horizon:g}, but sampler.max_new_tokens = {limit} ends every "
+                "response before",
+            )
         if phase.method.states.student:
             for reason in phase.plan.mismatch:
                 self.note("sampler", f"in phase {phase.name}: {reason}")
+
+    def objective(self, phase: Phase) -> None:
+        """What a composition does that its name does not say."""
+        for label, term in phase.method.objective.parts():
+            for place, bound in term.slots():
+                if place == "reward" and bound.short_name in reward.CACHED:
+                    self.note(
+                        "method.objective",
+                        f"{label}: {bound.short_name} is frozen at rollout time; with several "
+                        "updates per rollout the optimum is the token of the largest ratio, not "
+                        "the teacher. teacher_log_ratio is recomputed",
+                    )
+            if isinstance(term, Dense) and term.accept_collapse:
+                self.note(
+                    "method.objective",
+                    f"{label}: accept_collapse is set; expect the student to leave the support",
+                )
+        train = self.run.config.train
+        if phase.name == "train" and train.anchor * train.learning_rate > 1:
+            self.error(
+                "train.anchor",
+                f"{train.anchor:g} times the learning rate {train.learning_rate:g} is more than "
+                "1: every step would jump beyond where it started; lower one of them",
+            )
 
     def learning_rates(self, phases: tuple[Phase, ...], student: ModelFacts) -> None:
         lora = bool(self.run.config.student.lora.r)
@@ -362,11 +432,14 @@ class _Checker:
                     "the learning rate only rises",
                 )
 
-    def disk(self, student: ModelFacts) -> None:
+    def disk(self, student: ModelFacts, phases: tuple[Phase, ...]) -> None:
         config = self.run.config
         trained = trainable_parameters(config, student) * student.item_bytes
         kept = trained if config.student.lora.r else student.bytes
-        one = kept + 2 * trained
+        views = phases[-1].plan.views if phases else ()
+        averaged = sum(view.source == "ema_student" for view in views)
+        averages = averaged * trainable_parameters(config, student) * max(4, student.item_bytes)
+        one = kept + 2 * trained + averages
         needed = (config.train.keep + 2) * one + student.bytes
         folder = Path(config.output).absolute()
         while not folder.exists():

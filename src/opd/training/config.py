@@ -157,14 +157,21 @@ class MethodConfig:
         name: a method of `opd list methods`, or `custom` with `objective`.
         options: the method's own knobs.
         objective: terms of a custom objective.
-        states: shares of student, data and teacher text, for a custom objective.
+        states: for a custom objective, who writes the text: shares `student`, `data`, `teacher` and
+            `replay`, and how the student's share is written: `replay_steps`, `horizon`,
+            `teacher_prefix`, `mixture`, `interleave`, `rewrite`.
+        views: for a custom objective, a table for every distribution it compares with that is not
+            simply the teacher (or, called `reference`, the student at step 0): its `name`, its
+            `source` (`teacher`, `initial_student`, `student`, `ema_student` with `decay`,
+            `combination` with `parts`), and the `context` it reads in place of the prompt.
         merge_stop_ids: compare all end tokens as one action, their mass summed.
     """
 
     name: str = "reverse_kl_opd"
     options: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
-    states: dict[str, Finite] = field(default_factory=dict)
+    states: dict[str, Any] = field(default_factory=dict)
+    views: tuple[dict[str, Any], ...] = ()
     merge_stop_ids: bool = False
 
 
@@ -202,6 +209,8 @@ class TrainConfig(OptimizerConfig):
         updates_per_rollout: optimizer steps on each rollout batch.
         max_tokens: padded tokens per micro-batch; bounds the memory, never the result. 0 chooses:
             2,048 on a CPU, whose cache then holds what a layer works on, 16,384 elsewhere.
+        anchor: how strongly every optimizer step pulls the weights back to those at the start of
+            the phase, as a share of the distance per unit of learning rate; 0: not at all.
         save_every: steps between checkpoints; 0: at the end only.
         keep: newest checkpoints kept besides the best.
     """
@@ -210,6 +219,7 @@ class TrainConfig(OptimizerConfig):
     prompts_per_step: Positive = 64
     updates_per_rollout: Positive = 1
     max_tokens: NonNegative = 0
+    anchor: Rate = 0.0
     save_every: NonNegative = 50
     keep: Positive = 2
 
@@ -231,6 +241,29 @@ class WarmupConfig(OptimizerConfig):
     learning_rate: Rate = 1e-5
     lr_warmup_steps: NonNegative = 20
     decay: Literal["constant", "linear", "cosine"] = "constant"
+
+
+@dataclass(frozen=True, config=STRICT)
+class CriticConfig:
+    """The learned value that GAE-OPD reads; unused unless the objective reads values.
+
+    Attributes:
+        hidden_units: units of the head's one hidden layer; 0 makes it linear.
+        learning_rate: of the critic's own optimizer.
+        updates_per_step: updates of the critic after each rollout batch.
+        rows_per_update: most rows of one update, drawn without replacement.
+        warmup_steps: first steps, in which only the critic learns.
+        replay_steps: recent rollout batches that are taught again; 0 for none.
+        clip_nats: furthest a value may move within a step and still be taught; 0: no limit.
+    """
+
+    hidden_units: NonNegative = 0
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    updates_per_step: Positive = 4
+    rows_per_update: Positive = 8192
+    warmup_steps: NonNegative = 0
+    replay_steps: NonNegative = 0
+    clip_nats: Rate = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -285,6 +318,7 @@ class RunConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
     name: str = ""
@@ -392,9 +426,9 @@ def check_names(config: RunConfig, source: str) -> None:
                 "add its terms or name a method of `opd list methods`"
             )
         return
-    if method.objective or method.states:
+    if method.objective or method.states or method.views:
         raise ConfigError(
-            f"{source}: method.objective and method.states belong to method.name = 'custom', "
+            f"{source}: method.objective, .states and .views belong to method.name = 'custom', "
             f"but the method is {method.name!r}"
         )
     if method.name not in known:
@@ -521,7 +555,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
         tree[section] = below
         tree = below
     if dotted == "method.name" and tree.get("name") != value:
-        for key in ("options", "objective", "states"):  # the other method's own
+        for key in ("options", "objective", "states", "views"):  # the other method's own
             tree.pop(key, None)
     tree[last] = value
 

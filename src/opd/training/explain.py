@@ -12,7 +12,7 @@ from opd.catalog import Entry
 from opd.methods.variables import bound_in_words, knob_in_words, nine_variables
 from opd.objective import Method, Objective
 from opd.training.config import Run
-from opd.training.plan import Pass
+from opd.training.plan import Pass, Plan
 from opd.training.session import Phase, build_method, make_phases
 from opd.types import Bound
 
@@ -152,11 +152,11 @@ def explain(run: Run) -> Explanation:
         objective=entry.equation if entry else "",
         terms=tuple(_terms(method.objective)),
         formulas=tuple(_formulas(method.objective)),
-        variables=nine_variables(method),
+        variables=_variables(method, run),
         phases=tuple(_phase_in_words(phase) for phase in phases),
         passes=plan.passes,
         mismatch=plan.mismatch if method.states.student else (),
-        needs=_needs(method),
+        needs=_needs(plan),
         evidence=entry.section("Evidence") if entry else "",
         formula_source=entry.section("Formula") if entry else "",
         source=entry.section("Source") if entry else "",
@@ -164,6 +164,16 @@ def explain(run: Run) -> Explanation:
         departures=entry.section("Departures") if entry else "",
         composition_hash=method.composition_hash,
     )
+
+
+def _variables(method: Method, run: Run) -> dict[str, str]:
+    """The nine, with what the optimizer step adds to the regulariser."""
+    found = nine_variables(method)
+    if strength := run.config.train.anchor:
+        words = f"anchor({strength:g}) to the weights at the start, in the optimizer step"
+        so_far = found["regulariser"]
+        found["regulariser"] = words if so_far == "none" else f"{so_far} + {words}"
+    return found
 
 
 def _terms(objective: Objective) -> Iterator[str]:
@@ -178,7 +188,7 @@ def _terms(objective: Objective) -> Iterator[str]:
 
 
 def _formulas(objective: Objective) -> Iterator[Formula]:
-    for label, term in objective.labelled():
+    for label, term in objective.parts():
         for place, bound in term.slots():
             entry = _entry(bound)
             yield Formula(
@@ -200,9 +210,9 @@ def _entry(bound: Bound) -> Entry:
     return Entry(name, module, (), (), inspect.getdoc(function) or "")
 
 
-def _needs(method: Method) -> dict[str, tuple[str, ...]]:
+def _needs(plan: Plan) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {}
-    for need in sorted(method.objective.needs):
+    for need in sorted(plan.needs):
         where = {
             "full": "on the whole vocabulary",
             "sampled": "of the sampled token",
@@ -224,6 +234,8 @@ def _phase_in_words(phase: Phase) -> str:
 def _pass_in_words(part: Pass) -> str:
     if part.kind == "generate":
         return f"{part.model} writes {part.why}"
+    if part.kind == "no forward":
+        return f"{part.model}: {part.why}, without a forward"
     times = "" if part.per_rollout == 1 else f", {part.per_rollout:g} times"
     return f"{part.model}: {part.kind}{times} ({part.why})"
 

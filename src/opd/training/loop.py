@@ -16,11 +16,14 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from opd.critic import Critic
 from opd.errors import OpdError, TrainingError
 from opd.models import save_model
 from opd.objective import Objective
-from opd.rollout.pack import merge_rollouts, pack_rollout
+from opd.rollout.pack import pack_rollout
+from opd.teacher.self_teacher import AverageTeacher
 from opd.training import step as steps
 from opd.training.checkpoint import (
     STUDENT,
@@ -30,7 +33,8 @@ from opd.training.checkpoint import (
     save_checkpoint,
 )
 from opd.training.config import Run, to_json, to_toml
-from opd.training.evaluate import Evaluation, evaluate, verify_rollout
+from opd.training.draw import Text, Writers
+from opd.training.evaluate import Evaluation, evaluate
 from opd.training.folder import (
     RunFolder,
     append_line,
@@ -40,13 +44,20 @@ from opd.training.folder import (
     whole_folder,
     write_text,
 )
-from opd.training.optim import clip, learning_rate, make_optimizer, set_learning_rate
-from opd.training.reference import freeze_reference
+from opd.training.optim import Anchor, clip, learning_rate, make_optimizer, set_learning_rate
+from opd.training.reference import freeze_reference, start_averages
 from opd.training.resume import FINISHED, last_checkpoint
 from opd.training.session import Phase, Session, open_session, sampler_settings
 from opd.training.sources import check_sources, copy_sources, find_sources
 from opd.training.trackers import Trackers
-from opd.types import Batch, Prompt, Provenance, Rollout, Sampler, SamplerSettings, Stat
+from opd.training.values import Lesson, learn, make_critic, value_states
+from opd.types import (
+    Batch,
+    FieldKey,
+    Sampler,
+    Stat,
+    with_parts,
+)
 
 INTERRUPTED = "interrupted"
 LEFT = "the caller asked for no further step"
@@ -89,6 +100,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     schedule: Any = None
+    stats: dict[str, list[float]] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
 
@@ -156,13 +168,12 @@ class _Trainer:
         self.folder = folder
         self.trackers = trackers
         self.progress = Progress()
-        seed = session.config.seed
-        self.stream = session.stream(seed)
-        self.generators = {
-            "student": torch.Generator().manual_seed(seed),
-            "teacher": torch.Generator().manual_seed(seed + 1_000_003),
-        }
+        self.writers = Writers(session)
         self.optimizer: torch.optim.Optimizer | None = None
+        self.averages: Mapping[str, AverageTeacher] = {}
+        self.anchor: Anchor | None = None
+        self.critic: Critic | None = None
+        self.critic_generator = torch.Generator().manual_seed(session.config.seed + 2_000_003)
         self._restored: Checkpoint | None = None
         self._started = time.perf_counter()
 
@@ -173,13 +184,29 @@ class _Trainer:
         progress = self.progress
         if number != progress.phase:
             progress.phase, progress.step, progress.updates = number, 0, 0
-            progress.schedule = None
+            progress.schedule, progress.stats = None, {}
         if phase.name == "train":
             at_start = progress.step == 0
             freeze_reference(self.session, self.folder.reference, at_start=at_start)
+            self.averages = start_averages(self.session)
+            if strength := self.session.config.train.anchor:
+                self.anchor = Anchor(self.session.student.trainable(), strength)
+            if phase.method.objective.critic_term is not None:
+                settings, student = self.session.config.critic, self.session.student
+                self.critic = make_critic(settings, student, self.critic_generator)
+        self.writers.enter(phase)
         self.optimizer = make_optimizer(self.session.student.trainable(), phase.optimizer)
         if self._restored is not None:
-            self.optimizer.load_state_dict(self._restored.tensors()["optimizer"])
+            tensors = self._restored.tensors()
+            self.optimizer.load_state_dict(tensors["optimizer"])
+            for name, average in tensors.get("averages", {}).items():
+                self.averages[name].load(average)
+            if self.anchor is not None:
+                self.anchor.load(tensors["anchor"])
+            if self.critic is not None:
+                self.critic.load_state_dict(tensors["critic"])
+                self.critic_generator.set_state(tensors["critic_generator"])
+            self.writers.load_replay(tensors)
             self._restored = None
 
     def is_done(self, phase: Phase) -> bool:
@@ -197,9 +224,8 @@ class _Trainer:
         """Weights, generators, cursor, logs and counters as they were."""
         restore_student(self.session.student.loaded, checkpoint.path / STUDENT)
         tensors, state = checkpoint.tensors(), checkpoint.state
-        for name, generator in self.generators.items():
-            generator.set_state(tensors["generators"][name])
-        self.stream.load_state(state["stream"])
+        self.writers.load_generators(tensors)
+        self.writers.stream.load_state(state["stream"])
         self.progress = Progress(**state["progress"])
         self.folder.truncate(state["offsets"])
         self._restored = checkpoint
@@ -217,19 +243,28 @@ class _Trainer:
             student=self.session.student.loaded,
             tensors={
                 "optimizer": self.optimizer.state_dict(),
-                "generators": {
-                    name: generator.get_state() for name, generator in self.generators.items()
-                },
+                "averages": {name: teacher.average for name, teacher in self.averages.items()},
+                **({"anchor": self.anchor.start} if self.anchor else {}),
+                **self._critic_state(),
+                **self.writers.tensors(),
             },
             state={
                 "config": to_json(self.session.config),
-                "stream": self.stream.state(),
+                "stream": self.writers.stream.state(),
                 "progress": vars(progress),
                 "offsets": self.folder.offsets(),
             },
             keep=self.session.config.train.keep,
             best=progress.best.get("checkpoint"),
         )
+
+    def _critic_state(self) -> dict[str, Any]:
+        if self.critic is None:
+            return {}
+        return {
+            "critic": self.critic.state_dict(),
+            "critic_generator": self.critic_generator.get_state(),
+        }
 
     def saves(self, phase: Phase) -> bool:
         """Whether a checkpoint is due: every so many steps, at the best so far, at the end."""
@@ -245,10 +280,17 @@ class _Trainer:
         """One rollout batch: sample, score, signal, update, measure."""
         session, progress, clock = self.session, self.progress, _Clock()
         student, max_tokens = session.student, session.max_tokens
-        method, progress.schedule = phase.method.at(progress.step, {}, progress.schedule)
-        objective, plan = method.objective, phase.plan
+        # steps in which only a critic learns measure no update, so nothing can be watched yet
+        known = progress.stats if progress.updates else {}
+        measured = {name: Stat(*pair) for name, pair in known.items()}
+        method, progress.schedule = phase.method.at(progress.step, measured, progress.schedule)
+        objective = method.objective
+        plan = replace(phase.plan, views=with_parts(objective.views(), method.views))
 
-        rollout, texts = self._draw(phase, clock)
+        text = self.writers.write(
+            phase, method.states, step=progress.step, version=progress.updates, lap=clock.lap
+        )
+        rollout = text.rollout
         batch = pack_rollout(
             rollout,
             pad_id=student.loaded.pad_id,
@@ -260,21 +302,42 @@ class _Trainer:
         clock.lap("pack")
         batch = steps.observe(student, batch, rollout, objective, plan, max_tokens)
         clock.lap("observe")
-        batch = steps.score(session.teachers, batch, objective, plan)
+        pad_id = student.loaded.pad_id
+        contexts = steps.privileged(rollout, batch, plan, session.context_encoder, pad_id=pad_id)
+        batch = steps.score(session.teachers, batch, objective, plan, contexts=contexts)
         clock.lap("score")
         metrics: dict[str, Stat] = {}
+        lesson: Lesson | None = None
         for repeat in range(phase.updates_per_rollout):
-            batch = steps.signal(student, batch, objective, plan, max_tokens, fresh=repeat == 0)
+            if repeat:
+                batch = steps.score(
+                    session.teachers, batch, objective, plan, contexts=contexts, again=True
+                )
+                clock.lap("score")
+            seen: Mapping[FieldKey, Tensor] = {}
+            if self.critic is not None:
+                valued = value_states(student, batch, objective, self.critic, max_tokens)
+                batch, seen = valued.batch, valued.fields
+                lesson = lesson or valued.lesson
+                if self.critic.warming_up:
+                    break
+            batch = steps.signal(
+                student, batch, objective, plan, max_tokens, fresh=repeat == 0, known=seen
+            )
             clock.lap("signal")
             metrics = steps.update(student, batch, objective, max_tokens, step=progress.step + 1)
             metrics |= self._apply(phase, batch, objective)
             clock.lap("update")
+        if self.critic is not None and lesson is not None:
+            metrics |= learn(self.critic, lesson, self.critic_generator)
+            clock.lap("critic")
         progress.step += 1
         progress.tokens += int(rollout.lengths.sum())
-        metrics |= _rollout_metrics(rollout)
+        metrics |= text.metrics
+        progress.stats |= {name: [stat.total, stat.count] for name, stat in metrics.items()}
         evaluation = self._validate(phase) if self._validates(phase) else None
         clock.lap("evaluate")
-        self._log(phase, metrics, clock.seconds, rollout, texts, evaluation)
+        self._log(phase, metrics, clock.seconds, text, evaluation)
         return StepReport(
             phase.name,
             progress.step,
@@ -285,48 +348,6 @@ class _Trainer:
             self.folder.path,
             evaluation,
         )
-
-    def _draw(self, phase: Phase, clock: _Clock) -> tuple[Rollout, list[str]]:
-        """Responses of the step, each source writing its share."""
-        session, states = self.session, phase.method.states
-        prompts = self.stream.take(phase.prompts_per_step, with_responses=states.data > 0)
-        shares = (states.student, states.data, states.teacher)
-        by_student, by_data, _ = steps.share_out(len(prompts), shares, self.progress.step)
-        own, rest = prompts[:by_student], prompts[by_student:]
-        from_data, from_teacher = rest[:by_data], rest[by_data:]
-        settings = phase.plan.sampler
-        with session.student.for_generation():
-            parts = self._sample("student", own, settings, self.progress.updates)
-        if from_data:
-            parts.append(steps.rollout_from_data(from_data))
-        parts += self._sample("teacher", from_teacher, replace(settings, student_top_k=0), 0)
-        clock.lap("sample")
-        rollout = merge_rollouts(parts, pad_id=session.student.loaded.pad_id)
-        if not by_student:
-            return rollout, []
-        rollout, texts = verify_rollout(
-            rollout,
-            session.verifier,
-            session.tokenizer,
-            shown=session.config.log.samples_per_step,
-        )
-        clock.lap("verify")
-        return rollout, texts
-
-    def _sample(
-        self, who: str, prompts: Sequence[Prompt], settings: SamplerSettings, version: int
-    ) -> list[Rollout]:
-        """Responses to the prompts, at most `sampler.max_sequences` at once."""
-        per_call = max(1, self.session.config.sampler.max_sequences // settings.samples_per_prompt)
-        return [
-            self._sampler(who).sample(
-                prompts[start : start + per_call],
-                settings,
-                generator=self.generators[who],
-                policy_version=version,
-            )
-            for start in range(0, len(prompts), per_call)
-        ]
 
     def _sampler(self, who: str) -> Sampler:
         session = self.session
@@ -353,8 +374,16 @@ class _Trainer:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        metrics = {
+            "optimizer/grad_norm": Stat(norm, 1.0),
+            "optimizer/learning_rate": Stat(rate, 1.0),
+        }
+        if self.anchor is not None and phase.name == "train":
+            metrics["optimizer/anchor_distance"] = Stat(self.anchor.pull(parameters, rate), 1.0)
+        for teacher in self.averages.values():
+            teacher.update()
         self.progress.updates += 1
-        return {"optimizer/grad_norm": Stat(norm, 1.0), "optimizer/learning_rate": Stat(rate, 1.0)}
+        return metrics
 
     # -- measuring ---------------------------------------------------------------------------
 
@@ -523,8 +552,7 @@ class _Trainer:
         phase: Phase,
         metrics: Mapping[str, Stat],
         seconds: Mapping[str, float],
-        rollout: Rollout,
-        texts: list[str],
+        text: Text,
         evaluation: Evaluation | None,
     ) -> None:
         event: dict[str, Any] = {
@@ -540,14 +568,15 @@ class _Trainer:
             event["evaluation"] = {"validation": evaluation.accuracy.as_dict()}
         append_line(self.folder.events, event)
         self._track(phase, metrics, evaluation)
-        for row in range(min(self.session.config.log.samples_per_step, len(texts))):
+        rollout = text.rollout
+        for row in range(min(self.session.config.log.samples_per_step, len(text.shown))):
             append_line(
                 self.folder.samples,
                 {
                     "phase": phase.name,
                     "step": self.progress.step,
                     "prompt": rollout.prompts[row].text,
-                    "response": texts[row],
+                    "response": text.shown[row],
                     "verdict": float(rollout.verdict[row]),
                     "stop_reason": rollout.stop_reason[row],
                 },
@@ -575,22 +604,6 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
-
-
-def _rollout_metrics(rollout: Rollout) -> dict[str, Stat]:
-    lengths = rollout.lengths
-    sampled = (rollout.policy_version >= 0).any(1)
-    own = (rollout.provenance == Provenance.STUDENT).any(1)
-    metrics = {"rollout/length": Stat(float(lengths.sum()), float(lengths.shape[0]))}
-    if bool(sampled.any()):
-        cut = sum(reason == "length" for reason in rollout.stop_reason)
-        metrics["rollout/truncated"] = Stat(float(cut), float(sampled.sum()))
-    judged = own & ~rollout.verdict.isnan()
-    if bool(judged.any()):
-        metrics["rollout/accuracy"] = Stat(
-            float(rollout.verdict[judged].sum()), float(judged.sum())
-        )
-    return metrics
 
 
 def peak_mb() -> float:

@@ -11,7 +11,7 @@ import torch
 from opd.head.linear import CHUNK_BYTES
 from opd.training.config import RunConfig
 from opd.training.facts import ModelFacts
-from opd.training.plan import reply_is_distribution
+from opd.training.plan import is_scored, reply_is_distribution
 from opd.training.session import Phase, micro_batch_tokens
 
 # What a layer keeps for its backward pass, per token and hidden unit in a 16-bit dtype, when
@@ -75,6 +75,11 @@ def available_bytes(device: torch.device) -> int | None:
         return None
 
 
+def average_bytes(student: ModelFacts) -> float:
+    """Of one averaged weight in memory: the average, and its copy in a narrower dtype."""
+    return student.item_bytes if student.item_bytes >= 4 else 4 + student.item_bytes
+
+
 def trainable_parameters(config: RunConfig, student: ModelFacts) -> int:
     """Parameters an optimizer changes; for LoRA those of adapters on the linear layers."""
     rank = config.student.lora.r
@@ -112,28 +117,52 @@ def _parts(
         yield MemoryPart(
             "teacher weights", teacher.bytes, f"{teacher.parameters:,} parameters, teacher.dtype"
         )
-    if "reference" in phase.method.objective.views() and not config.student.lora.r:
+    views = phase.plan.views
+    frozen = any(view.source == "initial_student" for view in views)
+    if frozen and not (config.student.lora.r and not config.warmup.steps):
         yield MemoryPart("reference weights", student.bytes, "a copy of the student at step 0")
+    if config.train.anchor:
+        yield MemoryPart("anchor weights", trainable * student.item_bytes, "train.anchor")
+    if phase.method.objective.critic_term is not None:
+        steps, hidden = 1 + config.critic.replay_steps, student.hollow.model.config.hidden_size
+        yield MemoryPart(
+            "states for the critic",
+            4.0 * steps * sequences * new_tokens * hidden,
+            f"{steps} x {sequences} responses of {new_tokens} tokens, critic.replay_steps",
+        )
+    averages = sum(view.source == "ema_student" for view in views)
+    if averages:
+        yield MemoryPart(
+            "average weights",
+            averages * trainable * average_bytes(student),
+            f"{averages} x {trainable:,} averaged parameters, in float32 or wider",
+        )
     yield MemoryPart(
         "gradients", trainable * student.item_bytes, f"{trainable:,} trainable parameters"
     )
     yield MemoryPart(
         "optimizer", 2 * trainable * student.item_bytes, "AdamW keeps two numbers per parameter"
     )
-    writer = student if phase.method.states.student or teacher is None else teacher
-    if phase.method.states.data < 1:
+    states = phase.method.states
+    writer = student if states.student or teacher is None else teacher
+    per_token = writer.cache_bytes_per_token
+    if teacher is not None and (states.interleave or states.reach("mixture")):
+        per_token += teacher.cache_bytes_per_token
+    if states.data < 1:
         yield MemoryPart(
             "key-value cache",
-            CACHE_COPIES * writer.cache_bytes_per_token * decoded * width,
+            CACHE_COPIES * per_token * decoded * width,
             f"{decoded} sequences of up to {prompt_tokens} + {new_tokens} tokens, twice while "
             "sequences are dropped; sampler.max_sequences",
         )
-    if teacher is not None and reply_is_distribution(phase.plan.needs, "teacher"):
-        yield MemoryPart(
-            "teacher's hidden states",
-            sequences * new_tokens * teacher.config.hidden_size * teacher.item_bytes,
-            f"{sequences} x {new_tokens} rows; train.prompts_per_step",
-        )
+    for view in views:
+        model = teacher if view.source == "teacher" else student
+        if model and is_scored(view) and reply_is_distribution(phase.plan.needs, view.name):
+            yield MemoryPart(
+                f"{view.name}'s hidden states",
+                sequences * new_tokens * model.config.hidden_size * model.item_bytes,
+                f"{sequences} x {new_tokens} rows; train.prompts_per_step",
+            )
     layers, hidden = student.config.num_hidden_layers, student.config.hidden_size
     yield MemoryPart(
         "activations",
@@ -141,8 +170,10 @@ def _parts(
         f"a micro-batch of {micro:,} tokens; train.max_tokens",
     )
     rows_bytes = 4 * student.hollow.vocab_size * micro
+    # each further view is one more distribution; a combination holds its weighted parts as well
+    copies = CHUNK_COPIES + max(0, len(views) - 1) + sum(len(view.parts) for view in views)
     yield MemoryPart(
         "logits",
-        CHUNK_COPIES * min(CHUNK_BYTES, rows_bytes),
-        f"{CHUNK_COPIES} copies of a chunk of rows x {student.hollow.vocab_size:,} tokens",
+        copies * min(CHUNK_BYTES, rows_bytes),
+        f"{copies} copies of a chunk of rows x {student.hollow.vocab_size:,} tokens",
     )

@@ -57,6 +57,40 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+class Anchor:
+    """Pulls the weights towards where they were when it was made, apart from the gradient.
+
+        w <- w - rate * strength * (w - w_start)
+
+    Applied once per optimizer step, after it, as decoupled weight decay is; `strength` is in units
+    of one over the learning rate's. Source: the L2-SP penalty of Li et al., arXiv:1802.01483, in
+    decoupled form.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], strength: float) -> None:
+        self.strength = strength
+        self.start = {name: value.detach().clone() for name, value in parameters.items()}
+
+    def load(self, start: Mapping[str, torch.Tensor]) -> None:
+        """Pull towards these weights from now on."""
+        self.start = {name: start[name].to(value.device) for name, value in self.start.items()}
+
+    @torch.no_grad()
+    def pull(self, parameters: Mapping[str, nn.Parameter], rate: float) -> float:
+        """Move every weight by its share; the distance from the start before it, root mean square.
+
+        Args:
+            rate: the learning rate of the step just made.
+        """
+        squares, count = 0.0, 0
+        for name, parameter in parameters.items():
+            start = self.start[name]
+            squares += float((parameter - start).double().square().sum())
+            count += parameter.numel()
+            parameter.lerp_(start, rate * self.strength)
+        return math.sqrt(squares / max(count, 1))
+
+
 def clip(parameters: Mapping[str, nn.Parameter], max_norm: float) -> float:
     """Scale gradients down to a global norm of `max_norm` (0: never); the norm before."""
     limit = max_norm if max_norm > 0 else math.inf

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from opd.errors import ConfigError
 from opd.objective import Method
-from opd.types import Need, SamplerSettings
+from opd.schedule import Schedule
+from opd.types import STUDENT_PART, Need, SamplerSettings, StateSource, TeacherView, with_parts
 
 
 @dataclass(frozen=True)
@@ -13,9 +16,9 @@ class Pass:
     """One visit of a model in a step.
 
     Attributes:
-        name: `sample`, `observe`, `score`, `signal` or `update`.
-        model: `student`, `teacher` or a view's name.
-        kind: `generate`, `forward` or `forward + backward`.
+        name: `sample`, `replay`, `rewrite`, `observe`, `score`, `signal` or `update`.
+        model: `student`, `teacher`, `buffer` or a view's name.
+        kind: `generate`, `forward per token`, `forward`, `forward + backward` or `no forward`.
         per_rollout: visits per rollout batch.
         why: what it is for.
     """
@@ -38,6 +41,7 @@ class Plan:
         mismatch: why not, if not.
         observe: fields to observe before the first update: `old_logp`, `student_top_ids`.
         signal: whether coupled quantities are settled before each update.
+        views: what the objective reads and what that is combined from, parts first.
     """
 
     sampler: SamplerSettings
@@ -47,6 +51,7 @@ class Plan:
     signal: bool
     needs: frozenset[Need]
     passes: tuple[Pass, ...]
+    views: tuple[TeacherView, ...] = ()
 
 
 def make_plan(
@@ -56,45 +61,76 @@ def make_plan(
     updates_per_rollout: int = 1,
     merge_ids: tuple[tuple[int, ...], ...] = (),
 ) -> Plan:
-    """The plan of a step of `method` with these settings."""
-    objective = method.objective
+    """The plan of a step of `method` with these settings.
+
+    Raises:
+        ConfigError: a state source that the sampler's limit on the response leaves no room for.
+    """
+    objective, states = method.objective, method.states
+    _check_limit(states, sampler)
     top_k = objective.support_size("student_top_ids")
-    sampler = replace(sampler, student_top_k=top_k if method.states.student == 1 else 0)
-    mismatch = _mismatch(method, sampler, merge_ids)
+    sampler = replace(
+        sampler,
+        student_top_k=top_k if _sampler_knows_top_ids(states) else 0,
+        max_new_tokens=horizon_within(sampler.max_new_tokens, states.reach("horizon")),
+    )
+    unlike = _mismatch(method, sampler, merge_ids)
     observe = []
-    if "old_logp" in objective.field_names() and mismatch:
+    # of replayed text the sampler's log-probabilities are the student's of that time
+    if "old_logp" in objective.field_names() and unlike:
         observe.append("old_logp")
+    mismatch = unlike + _stale(states, observed=bool(observe))
     if top_k and (sampler.student_top_k == 0 or merge_ids):
         observe.append("student_top_ids")
-    passes: list[Pass] = []
-    for share, writer in (
-        (method.states.student, "student"),
-        (method.states.teacher, "teacher"),
-    ):
-        if share:
-            why = f"{share:.0%} of the sequences"
-            passes.append(Pass("sample", writer, "generate", share, why))
+    passes = list(_writing(states))
     if observe:
         passes.append(Pass("observe", "student", "forward", 1, " and ".join(observe)))
-    for view in sorted(objective.views()):
-        fields = sorted({need.field for need in objective.needs if need.view == view})
-        passes.append(Pass("score", view, "forward", 1, ", ".join(fields)))
-    visits = _signal_visits(method, mismatch, updates_per_rollout)
+    views = with_parts(objective.views(), method.views)
+    needs = objective.needs | _combined_needs(views)
+    for view in sorted(views, key=lambda view: view.name):
+        if is_scored(view):
+            fields = sorted({need.field for need in needs if need.view == view.name})
+            visits = updates_per_rollout if view.moves else 1
+            reads = f"; reads {view.context!r}" if view.context else ""
+            passes.append(Pass("score", view.name, "forward", visits, ", ".join(fields) + reads))
+    visits = _signal_visits(method, needs, mismatch, updates_per_rollout)
     if visits:
         why = "fields that coupled quantities start from"
+        if objective.critic_term is not None:
+            why += ", and the states whose values the critic knows"
         passes.append(Pass("signal", "student", "forward", visits, why))
     passes.append(
         Pass("update", "student", "forward + backward", updates_per_rollout, "loss and gradient")
     )
+    if objective.critic_term is not None:
+        why = "learns what is left of each response to pay"
+        passes.append(Pass("critic", "critic", "forward + backward", 1, why))
     return Plan(
         sampler,
         not mismatch,
         mismatch,
         tuple(observe),
         objective.coupled,
-        objective.needs,
+        needs,
         tuple(passes),
+        views,
     )
+
+
+def is_scored(view: TeacherView) -> bool:
+    """Whether a model visits the batch for this view.
+
+    A combination is made in the head from its parts. A live self that reads what the student reads
+    is the student, whose distribution the head holds already.
+    """
+    return view.source != "combination" and (view.source != "student" or bool(view.context))
+
+
+def _combined_needs(views: Iterable[TeacherView]) -> frozenset[Need]:
+    """What views made in the head add: whole distributions, of themselves and of their parts."""
+    made = [view for view in views if not is_scored(view)]
+    whole = {name for view in made for name in (view.name, *dict(view.parts))}
+    return frozenset(Need(name, "log_probs", "full") for name in whole - {STUDENT_PART})
 
 
 def reply_is_distribution(needs: frozenset[Need], view: str) -> bool:
@@ -124,23 +160,107 @@ def _mismatch(
         reasons.append(f"sampled from the {sampler.top_k} likeliest tokens")
     if merge_ids:
         reasons.append("end tokens are compared as one, sampled one by one")
-    if method.states.student < 1:
+    states = method.states
+    if states.data or states.teacher:
         reasons.append("part of the text is not the student's")
+    if states.reach("teacher_prefix"):
+        reasons.append(
+            f"the teacher writes up to {states.reach('teacher_prefix'):g} tokens at the beginning"
+        )
+    if states.reach("mixture"):
+        reasons.append("sampled from a mixture with the teacher")
+    if states.interleave:
+        reasons.append(f"the teacher replaces tokens outside its {states.interleave} likeliest")
+    if states.reach("rewrite"):
+        reasons.append("the teacher rewrites part of the wrong responses")
     return tuple(reasons)
 
 
-def _signal_visits(method: Method, mismatch: tuple[str, ...], updates: int) -> int:
+def _stale(states: StateSource, *, observed: bool) -> tuple[str, ...]:
+    """What replay adds to the reasons.
+
+    Args:
+        observed: old log-probabilities are read, and are not the sampler's but observed.
+    """
+    if not states.replay:
+        return ()
+    since = f"part of the text was written up to {states.replay_steps} steps before"
+    return (f"{since}; its old_logp is that of the step's first update" if observed else since,)
+
+
+def _sampler_knows_top_ids(states: StateSource) -> bool:
+    """Whether one sampler writes every token anew, and so can tell the student's likeliest."""
+    return states.student == 1 and not (states.reach("teacher_prefix") or states.reach("rewrite"))
+
+
+def _check_limit(states: StateSource, sampler: SamplerSettings) -> None:
+    limit, prefix = sampler.max_new_tokens, states.reach("teacher_prefix")
+    if prefix >= limit:
+        raise ConfigError(
+            f"method.states.teacher_prefix reaches {prefix:g}, which leaves the student nothing of "
+            f"sampler.max_new_tokens = {limit}; lower the one or raise the other"
+        )
+
+
+def horizon_within(limit: int, horizon: float) -> int:
+    """Tokens a response may have: the lower of two limits; a horizon of 0 is none."""
+    return min(limit, int(horizon)) if horizon else limit
+
+
+def _writing(states: StateSource) -> Iterator[Pass]:
+    """What writing the text of a step takes, source by source."""
+    share, limit = states.student, ""
+    if states.horizon:
+        limit = f", up to {_in_words(states.horizon)} tokens each"
+    if share:
+        first = " (more until the buffer is full)" if states.replay else ""
+        yield Pass(
+            "sample", "student", "generate", share, f"{share:.0%} of the sequences{first}{limit}"
+        )
+    if states.reach("teacher_prefix"):
+        why = f"the student's sequences up to token {_in_words(states.teacher_prefix)}"
+        yield Pass("sample", "teacher", "generate", share, why)
+    if states.reach("mixture"):
+        why = (
+            f"the student's tokens are drawn from a mixture with {_in_words(states.mixture)} of it"
+        )
+        yield Pass("sample", "teacher", "forward per token", share, why)
+    if states.interleave:
+        why = f"replaces the student's tokens outside its {states.interleave} likeliest"
+        yield Pass("sample", "teacher", "forward per token", share, why)
+    if states.teacher:
+        why = f"{states.teacher:.0%} of the sequences{limit}"
+        yield Pass("sample", "teacher", "generate", states.teacher, why)
+    if states.reach("rewrite"):
+        last = _in_words(states.rewrite, percent=True)
+        why = f"the last {last} of the student's responses judged wrong"
+        yield Pass("rewrite", "teacher", "generate", share, why)
+    if states.replay:
+        why = f"{states.replay:.0%} of the sequences, from the last {states.replay_steps} steps"
+        yield Pass("replay", "buffer", "no forward", states.replay, why)
+
+
+def _in_words(value: float | Schedule, *, percent: bool = False) -> str:
+    """A number, or the values a schedule can take."""
+    ends = value.reachable() if isinstance(value, Schedule) else (value,)
+    return " to ".join(f"{end:.0%}" if percent else f"{end:g}" for end in ends)
+
+
+def _signal_visits(
+    method: Method, needs: frozenset[Need], mismatch: tuple[str, ...], updates: int
+) -> int:
     """Visits of the student for the signal phase: none for what others already told.
 
     A view that replies with numbers of the chosen tokens has told its part; the sampler has told
     the student's part before the first update, if it drew from the policy that is compared.
     """
-    needs = method.objective.needs
     untold = {
         key.name
         for key in method.objective.signal_keys()
         if key.name != "teacher_logp" or reply_is_distribution(needs, key.view)
     }
+    if method.objective.critic_term is not None:
+        return updates
     if not untold:
         return 0
     return updates - 1 if untold == {"student_logp"} and not mismatch else updates

@@ -12,6 +12,7 @@ from opd.data.prompts import PromptSet, PromptStream, load_prompts, load_splits
 from opd.data.settings import PromptSettings
 from opd.data.verifiers import resolve_verifier
 from opd.errors import ConfigError, DataError, TeacherError
+from opd.fields import positional_names
 from opd.models import (
     LoadedModel,
     LoraSettings,
@@ -23,11 +24,21 @@ from opd.objective import Method
 from opd.rollout.local import LocalSampler
 from opd.spec import method_from_tree
 from opd.student import Student
+from opd.teacher.context import ContextEncoder, context_fields
 from opd.teacher.local import LocalTeacher
 from opd.training.config import DataConfig, OptimizerConfig, Run, RunConfig
 from opd.training.plan import Plan, make_plan
 from opd.training.trackers import check_trackers
-from opd.types import Provenance, Sampler, SamplerSettings, Teacher, Verifier
+from opd.types import (
+    Prompt,
+    Provenance,
+    Sampler,
+    SamplerSettings,
+    Teacher,
+    TeacherView,
+    Verifier,
+    with_parts,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class Session:
     special_ids: tuple[int, ...]
     merge_ids: tuple[tuple[int, ...], ...]
     device: torch.device
+    context_encoder: ContextEncoder
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -109,7 +121,7 @@ def open_session(
     module = Student(student, vocab_size=vocab_size)
     _check_trainable(module)
     phases = make_phases(config, method, merge_ids)
-    teachers = _teachers(config, method, scorer, loaded_teacher, vocab_size, device)
+    teachers = _scorers(config, phases[-1], scorer, loaded_teacher, module, device)
     splits = load_run_prompts(run, student, prompts, phases)
     chosen = verifier or find_verifier(run, *splits)
     session = Session(
@@ -136,7 +148,11 @@ def open_session(
         special_ids=tuple(i for i in student.tokenizer.all_special_ids if i not in student.eos_ids),
         merge_ids=merge_ids,
         device=device,
+        context_encoder=ContextEncoder(
+            student.tokenizer, prompt_settings(config.data, with_responses=False)
+        ),
     )
+    _check_contexts(session)
     session.notes += _notes(session)
     _check_writers(session)
     known = [session.train_prompts, session.validation, session.test, *session.sets.values()]
@@ -167,6 +183,7 @@ def build_method(run: Run) -> Method:
         options=config.options,
         objective=config.objective,
         states=config.states,
+        views=config.views,
         base=run.base,
     )
 
@@ -267,8 +284,8 @@ def _teacher(
     if given is not None:
         return None, given
     wanted = (
-        bool(method.objective.views() - {"reference"})
-        or method.states.teacher > 0
+        asks_the_teacher(method)
+        or method.states.teacher_writes
         or (config.warmup.steps > 0 and config.warmup.source == "teacher")
     )
     if config.teacher.model:
@@ -281,29 +298,42 @@ def _teacher(
     return None, None
 
 
-def _teachers(
+def asks_the_teacher(method: Method) -> bool:
+    """Whether the objective compares with the run's teacher model, itself or as a part."""
+    return any(
+        view.source == "teacher" for view in with_parts(method.objective.views(), method.views)
+    )
+
+
+def _scorers(
     config: RunConfig,
-    method: Method,
+    phase: Phase,
     scorer: Teacher | None,
     loaded: LoadedModel | None,
-    vocab_size: int,
+    student: Student,
     device: torch.device,
 ) -> dict[str, Teacher]:
+    """Who scores the views of the teacher and of the live student; others join with the phase."""
     teachers: dict[str, Teacher] = {}
-    for view in method.views:
-        if view.source != "teacher":
-            continue
-        if scorer is not None:
+    own_tokens = micro_batch_tokens(config.train.max_tokens, device)
+    max_tokens = micro_batch_tokens(config.teacher.max_tokens, device)
+    for view in phase.plan.views:
+        if view.source == "student" and view.context:
+            teachers[view.name] = LocalTeacher(
+                student.loaded, vocab_size=student.vocab_size, max_tokens=own_tokens
+            )
+        elif view.source == "teacher" and scorer is not None:
             teachers[view.name] = scorer
-        elif loaded is not None:
-            max_tokens = micro_batch_tokens(config.teacher.max_tokens, device)
-            teachers[view.name] = LocalTeacher(loaded, vocab_size=vocab_size, max_tokens=max_tokens)
-    for need in method.objective.needs:
+        elif view.source == "teacher" and loaded is not None:
+            teachers[view.name] = LocalTeacher(
+                loaded, vocab_size=student.vocab_size, max_tokens=max_tokens
+            )
+    for need in phase.plan.needs:
         teacher = teachers.get(need.view)
         if teacher is not None and not teacher.can(need):
             raise TeacherError(
                 f"the view {need.view!r} cannot give {need.field!r} on {need.support!r}, which "
-                f"{method.name!r} needs; choose another method or teacher"
+                f"{phase.method.name!r} needs; choose another method or teacher"
             )
     return teachers
 
@@ -438,6 +468,53 @@ def _check_answers(spec: str, column: str, prompts: PromptSet) -> None:
         )
 
 
+def check_context(
+    view: TeacherView,
+    prompts: Sequence[Prompt],
+    encoder: ContextEncoder,
+    limit: int | None,
+    new: int,
+) -> None:
+    """Refuse a context that a record has no columns for, or that leaves no room for a response.
+
+    Args:
+        prompts: the records, or some of an endless source.
+        limit: positions of the model that reads the context; None: it does not say.
+        new: tokens of the longest response.
+
+    Raises:
+        ConfigError, DataError: name the view's context, or the record and the column.
+    """
+    context_fields(view.context)
+    encoded = encoder.encode(prompts, view.context)
+    longest, where = max(((len(ids), p.id) for ids, p in zip(encoded, prompts, strict=True)))
+    if limit is not None and longest + new > limit:
+        raise ConfigError(
+            f"the view {view.name!r} reads prompts of up to {longest} tokens ({where}), which with "
+            f"responses of up to {new} are more than the {limit} positions of its model; shorten "
+            "its context, or lower sampler.max_new_tokens"
+        )
+
+
+def _check_contexts(session: Session) -> None:
+    for view in session.phases[-1].plan.views:
+        if view.context:
+            scorer = session.teachers.get(view.name)
+            own = scorer.loaded if isinstance(scorer, LocalTeacher) else session.student.loaded
+            check_context(
+                view,
+                some_prompts(session.train_prompts),
+                session.context_encoder,
+                positions(own.model),
+                session.config.sampler.max_new_tokens,
+            )
+
+
+def some_prompts(prompts: PromptSet) -> Sequence[Prompt]:
+    """All prompts of a finite set; the first few of an endless one."""
+    return prompts.prompts if prompts.generate is None else prompts.generate(0, 0, 16, False)
+
+
 def positions(model: Any) -> int | None:
     """Tokens of prompt and response a model is made for; None where it does not say."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -473,11 +550,42 @@ def _check_trainable(student: Student) -> None:
 
 def _check_writers(session: Session) -> None:
     for phase in session.phases:
-        if phase.method.states.teacher > 0 and session.teacher_sampler is None:
+        states = phase.method.states
+        if states.teacher_writes and session.teacher_sampler is None:
             raise TeacherError(
                 f"phase {phase.name!r} trains on text the teacher writes, but the teacher only "
                 "scores; use a teacher that is a model"
             )
+        check_judged(phase.method, session.verifier)
+        samplers = (session.student_sampler, session.teacher_sampler)
+        together = states.interleave or states.reach("mixture")
+        if together and not all(isinstance(sampler, LocalSampler) for sampler in samplers):
+            raise ConfigError(
+                "states.mixture and states.interleave run student and teacher side by side, which "
+                "takes two models in this process; use states.teacher_prefix or states.teacher"
+            )
+
+
+def check_judged(method: Method, verifier: Verifier | None) -> None:
+    """Refuse a method that goes by a verifier's judgement where there is none.
+
+    Raises:
+        ConfigError: names what asks for it.
+    """
+    asks = []
+    if method.states.reach("rewrite"):
+        asks.append("states.rewrite")
+    asks += sorted(
+        bound.short_name
+        for _, term in method.objective.parts()
+        for _, bound in term.slots()
+        if "verdict" in positional_names(bound.function)
+    )
+    if asks and verifier is None:
+        raise ConfigError(
+            f"{asks[0]} goes by whether a response is right, but there is no verifier; set "
+            "data.verifier, or give the prompts answers"
+        )
 
 
 def _notes(session: Session) -> list[str]:
@@ -496,4 +604,23 @@ def _notes(session: Session) -> list[str]:
     for phase in session.phases:
         if phase.method.states.student and phase.plan.mismatch:
             notes.append(f"{phase.name}: " + "; ".join(phase.plan.mismatch))
+        notes += view_notes(phase.method)
+    return notes
+
+
+def view_notes(method: Method) -> list[str]:
+    """Views that cannot teach: the student compared with itself, or with its own past."""
+    read = [view for view in method.views if view.name in method.objective.views()]
+    notes = []
+    for view in read:
+        if view.source == "student" and not view.context:
+            notes.append(
+                f"the view {view.name!r} is the student itself, reading what it reads: divergence "
+                "and gradient are zero everywhere, so it teaches nothing; give it a context"
+            )
+        if view.source == "ema_student" and not view.context:
+            notes.append(
+                f"the view {view.name!r} averages the student's own past and reads what it reads: "
+                "it holds the student back and teaches nothing new; give it a context for that"
+            )
     return notes

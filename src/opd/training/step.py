@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from torch import Tensor
 from opd.errors import DataError, TeacherError, TrainingError, is_out_of_memory
 from opd.fields import EXTRA_PREFIX
 from opd.formula import support
-from opd.objective import Objective
-from opd.rollout.pack import Part, join_parts, split, with_token
+from opd.objective import Objective, Routed, Term
+from opd.rollout.pack import Part, join_parts, pack_rollout, split, with_token
 from opd.student import Student
-from opd.training.plan import Plan, reply_is_distribution
+from opd.teacher.context import ContextEncoder
+from opd.training.plan import Plan, is_scored, reply_is_distribution
 from opd.types import (
+    STUDENT_PART,
     Batch,
     Bound,
     FieldKey,
@@ -29,6 +32,7 @@ from opd.types import (
     Teacher,
     TeacherRequest,
     TeacherScores,
+    TeacherView,
     add_stats,
     pack_rows,
     unpack_rows,
@@ -147,19 +151,75 @@ def observe(
     return with_token(batch, **changes) if changes else batch
 
 
-def score(teachers: Mapping[str, Teacher], batch: Batch, objective: Objective, plan: Plan) -> Batch:
-    """Ask every view for what the objective needs of it, and no more."""
-    views: dict[str, TeacherScores] = {}
-    for view in sorted(objective.views()):
-        request = TeacherRequest(
-            batch=batch,
-            distribution=reply_is_distribution(plan.needs, view),
-            sampled=any(need.view == view and need.field == "logp" for need in plan.needs),
-            top_k=objective.support_size("teacher_top_ids"),
-            temperature=objective.temperature,
+def privileged(
+    rollout: Rollout, batch: Batch, plan: Plan, encoder: ContextEncoder, *, pad_id: int
+) -> dict[str, Batch]:
+    """Per view with a context, the same responses after the prompt that this view reads.
+
+    Row n of every batch is the same response token as row n of `batch`.
+    """
+    return {
+        view.name: pack_rollout(
+            replace(rollout, prompt_ids=tuple(encoder.encode(rollout.prompts, view.context))),
+            pad_id=pad_id,
+            merge_ids=batch.merge_ids,
+            device=batch.input_ids.device,
         )
-        views[view] = _checked(view, teachers[view].score(request), batch.row_index.shape[0])
+        for view in plan.views
+        if view.context
+    }
+
+
+def score(
+    teachers: Mapping[str, Teacher],
+    batch: Batch,
+    objective: Objective,
+    plan: Plan,
+    *,
+    contexts: Mapping[str, Batch] = MappingProxyType({}),
+    again: bool = False,
+) -> Batch:
+    """Ask every view for what the objective needs of it, and no more.
+
+    A combination asks nobody: the head makes it from the views that are its parts.
+
+    Args:
+        contexts: what views with a context read, from `privileged`.
+        again: an update has happened since; ask only the views that move with the student.
+    """
+    views = dict(batch.token.views) if again else {}
+    for view in plan.views:
+        if not is_scored(view):
+            views[view.name] = TeacherScores(parts=_parts(view))
+        elif view.moves or not again:
+            request = TeacherRequest(
+                batch=contexts[view.name] if view.context else batch,
+                distribution=reply_is_distribution(plan.needs, view.name),
+                sampled=any(n.view == view.name and n.field == "logp" for n in plan.needs),
+                top_k=objective.support_size("teacher_top_ids"),
+                temperature=objective.temperature,
+            )
+            reply = teachers[view.name].score(request)
+            views[view.name] = _described(
+                _checked(view.name, reply, batch.row_index.shape[0]), view
+            )
     return with_token(batch, views=views) if views else batch
+
+
+def _parts(view: TeacherView) -> tuple[tuple[str, float], ...]:
+    """What the head combines; the weights are numbers, because the method's schedules are settled.
+
+    A live self that reads what the student reads is the student, and nothing else.
+    """
+    return cast("tuple[tuple[str, float], ...]", view.parts) or ((STUDENT_PART, 1.0),)
+
+
+def _described(scores: TeacherScores, view: TeacherView) -> TeacherScores:
+    """The reply, with what the view is in its provenance."""
+    said = {"source": view.source, "context": view.context}
+    said |= {"decay": f"{view.decay:g}"} if view.decay else {}
+    kept = {name: text for name, text in said.items() if text}
+    return replace(scores, provenance={**scores.provenance, **kept})
 
 
 def _checked(view: str, scores: TeacherScores, rows: int) -> TeacherScores:
@@ -186,18 +246,20 @@ def signal(
     max_tokens: int,
     *,
     fresh: bool,
+    known: Mapping[FieldKey, Tensor] = MappingProxyType({}),
 ) -> Batch:
     """Settle coupled quantities at the current weights; a no-op where nothing is coupled.
 
     Args:
+        known: fields that an earlier visit at these weights has seen.
         fresh: no update has happened since the rollout, so the sampler's log-probabilities
             are the student's where the policies agree.
     """
     if not plan.signal:
         return batch
-    values: dict[FieldKey, Tensor] = {}
     keys = objective.signal_keys()
-    for key in keys:
+    values = {key: known[key] for key in keys & known.keys()}
+    for key in keys - values.keys():
         view = batch.token.views.get(key.view)
         if key.name == "teacher_logp" and view is not None and view.sampled_logp is not None:
             values[key] = view.sampled_logp
@@ -235,9 +297,9 @@ def update(
 
 def blame_gradient(student: Student, batch: Batch, objective: Objective, max_tokens: int) -> str:
     """Which term's own gradient is not finite, in words; discards the accumulated gradient."""
-    for label, term in objective.labelled():
+    for label, _ in objective.labelled():
         student.zero_grad(set_to_none=True)
-        alone = Objective(replace(term, name=label), temperature=objective.temperature)
+        alone = _alone(objective, label)
         for part in split(batch, max_tokens=max_tokens):
             loss = student(part.batch, alone).loss
             if loss.requires_grad:
@@ -246,6 +308,21 @@ def blame_gradient(student: Student, batch: Batch, objective: Objective, max_tok
         if not all(torch.isfinite(grad).all() for grad in gradients if grad is not None):
             return f"the term {label!r}"
     return "the sum of the terms"
+
+
+def _alone(objective: Objective, label: str) -> Objective:
+    """The objective with every other term switched off; a gate may still read their advantages."""
+    terms = (
+        replace(term, name=other) if other == label else _switched_off(replace(term, name=other))
+        for other, term in objective.labelled()
+    )
+    return Objective(*terms, temperature=objective.temperature)
+
+
+def _switched_off(term: Term) -> Term:
+    if isinstance(term, Routed):
+        return replace(term, coef=0.0, source=replace(term.source, coef=0.0))
+    return replace(term, coef=0.0)
 
 
 def visit(

@@ -1,0 +1,77 @@
+"""Log-linear combinations of distributions, a chunk of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from opd.errors import TeacherError
+
+
+def log_linear(
+    view: str,
+    parts: Mapping[str, Float[Tensor, "n V"]],
+    weights: Mapping[str, float],
+) -> Float[Tensor, "n V"]:
+    """The log-linear combination of whole distributions, normalised over the vocabulary.
+
+        log q = sum_k weight_k * log part_k - logsumexp_v(sum_k weight_k * log part_k)
+
+    Weights have any sign and any sum: beyond [0, 1] the combination extrapolates. One part of
+    weight 1 is that part, bit for bit; a part of weight 0 does not count. Zero mass: a token has
+    none where a part of positive weight, or every part, gives it none; where only a part of
+    negative weight does, the combination would be infinite, which is an error.
+
+    Args:
+        view: the combination's name, for messages.
+        parts: log-probabilities by name, over the same tokens; those of weight 0 may be left out.
+        weights: one per part.
+
+    Raises:
+        TeacherError: infinite mass, or a row whose tokens all have none; names part and token.
+
+    Source: the geometric bridge of Veto, arXiv:2601.07155; reward extrapolation of G-OPD,
+        arXiv:2602.12125.
+    """
+    counted = {name: weight for name, weight in weights.items() if weight != 0}
+    if len(counted) == 1 and 1.0 in counted.values():
+        return parts[next(iter(counted))]
+    total = torch.stack([weight * parts[name] for name, weight in counted.items()]).sum(0)
+    if not bool(total.isfinite().all()):
+        chosen = {name: parts[name] for name in counted}
+        empty = _without_mass(view, chosen, counted)
+        finite = [w * chosen[name].masked_fill(empty, 0.0) for name, w in counted.items()]
+        total = torch.stack(finite).sum(0).masked_fill(empty, -math.inf)
+    return total.log_softmax(-1)
+
+
+def _without_mass(
+    view: str, parts: Mapping[str, Float[Tensor, "n V"]], weights: Mapping[str, float]
+) -> Bool[Tensor, "n V"]:
+    """Where the combination has no mass, or an error where it would have infinite mass."""
+    absent = {name: part.isneginf() for name, part in parts.items()}
+    empty = torch.stack(list(absent.values())).all(0)
+    for name, weight in weights.items():
+        if weight > 0:
+            empty = empty | absent[name]
+    for name, weight in weights.items():
+        infinite = absent[name] & ~empty
+        if weight < 0 and bool(infinite.any()):
+            row, token = infinite.nonzero()[0].tolist()
+            raise TeacherError(
+                f"the view {view!r} is infinite at {int(infinite.sum())} entries, the first at "
+                f"token id {token}, row {row} of its chunk: the part {name!r} has weight "
+                f"{weight:g} and gives that token no mass, while the parts of positive weight do; "
+                "combine with a part that gives every token mass, or make its weight positive"
+            )
+    if bool(empty.all(-1).any()):
+        row = int(empty.all(-1).nonzero()[0])
+        raise TeacherError(
+            f"the view {view!r} has no mass at all in row {row} of its chunk: there is no token "
+            f"to which every part of positive weight ({', '.join(n for n in weights)}) gives mass"
+        )
+    return empty

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from opd.errors import TeacherError
+from opd.formula import divergence, reward
+from opd.head.combine import log_linear
+from opd.objective import Dense, Objective, Sampled
+from opd.rollout.pack import with_token
+from opd.types import STUDENT_PART, Batch, FieldKey, TeacherScores
+from tests.builders import Case, evaluate, evaluate_in_parts, fields_of, full_gradient
+
+REVERSE_KL = Objective(Dense(divergence=divergence.reverse_kl))
+
+
+def random_log_probs(seed: int, rows: int = 5, vocab: int = 7, scale: float = 3.0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn((rows, vocab), generator=draw, dtype=torch.float64)
+    return logits.log_softmax(-1)
+
+
+def literal(
+    parts: Mapping[str, npt.NDArray[np.float64]], weights: Mapping[str, float]
+) -> npt.NDArray[np.float64]:
+    """Probabilities: the product of powers, row by row, then divided by its sum. 0 ** 0 is 1."""
+    some = next(iter(parts.values()))
+    product = np.ones_like(some)
+    for name, log_part in parts.items():
+        if weights[name] != 0:
+            product = product * np.exp(log_part) ** weights[name]
+    whole: npt.NDArray[np.float64] = product / product.sum(-1, keepdims=True)
+    return whole
+
+
+weight_lists = st.lists(st.floats(-2, 2, allow_subnormal=False), min_size=1, max_size=4).filter(
+    lambda weights: any(abs(weight) > 1e-3 for weight in weights)
+)
+
+
+@given(weights=weight_lists, seed=st.integers(0, 10_000))
+def test_a_combination_is_the_normalised_product_of_powers(weights: list[float], seed: int) -> None:
+    parts = {f"part {k}": random_log_probs(seed + k) for k in range(len(weights))}
+    named = dict(zip(parts, weights, strict=True))
+    ours = log_linear("mix", parts, named)
+    theirs = literal({name: part.numpy() for name, part in parts.items()}, named)
+    np.testing.assert_allclose(ours.exp().numpy(), theirs, rtol=1e-9, atol=1e-12)
+    assert ours.logsumexp(-1).abs().max() <= 1e-12
+
+
+def test_half_and_half_of_two_coins_is_the_root_of_their_product() -> None:
+    # sqrt(0.9 * 0.4) : sqrt(0.1 * 0.6) = 0.6 : sqrt(0.06)
+    fair, skewed = (torch.tensor([[p, 1 - p]], dtype=torch.float64).log() for p in (0.4, 0.9))
+    mixed = log_linear("mix", {"a": fair, "b": skewed}, {"a": 0.5, "b": 0.5}).exp()
+    assert float(mixed[0, 0]) == pytest.approx(0.6 / (0.6 + math.sqrt(0.06)), abs=1e-12)
+
+
+def test_a_single_part_of_weight_one_is_that_part_bit_for_bit() -> None:
+    parts = {"teacher": random_log_probs(0).float(), "reference": random_log_probs(1).float()}
+    extrapolated = log_linear("exopd", parts, {"teacher": 1.0, "reference": 0.0})
+    assert torch.equal(extrapolated, parts["teacher"])
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, 3.0])
+def test_a_token_without_mass_in_a_part_of_positive_weight_has_none(weight: float) -> None:
+    holed = random_log_probs(0)
+    holed[2, 3] = holed[2, 4] = -math.inf
+    parts = {"holed": holed, "whole": random_log_probs(1)}
+    mixed = log_linear("mix", parts, {"holed": weight, "whole": -0.5})
+    assert not mixed.isnan().any()
+    assert mixed.isneginf().nonzero().tolist() == [[2, 3], [2, 4]]
+    expected = literal({n: p.numpy() for n, p in parts.items()}, {"holed": weight, "whole": -0.5})
+    np.testing.assert_allclose(mixed.exp().numpy(), expected, rtol=1e-12)
+
+
+def test_a_token_without_mass_in_a_part_of_negative_weight_alone_is_an_error() -> None:
+    holed = random_log_probs(0)
+    holed[2, 3] = -math.inf
+    parts = {"holed": holed, "whole": random_log_probs(1)}
+    with pytest.raises(TeacherError, match=r"'delta'.*token id 3, row 2 .*'holed' has weight -1"):
+        log_linear("delta", parts, {"holed": -1.0, "whole": 2.0})
+
+
+def test_where_a_part_of_positive_weight_has_no_mass_a_negative_one_may_have_none_either() -> None:
+    before, after = random_log_probs(0), random_log_probs(1)
+    before[1, 2] = after[1, 2] = -math.inf
+    mixed = log_linear("delta", {"before": before, "after": after}, {"before": -1.0, "after": 2.0})
+    assert mixed.isneginf().nonzero().tolist() == [[1, 2]]
+    assert mixed[1].exp().sum() == pytest.approx(1.0)
+
+
+def test_a_part_of_weight_zero_says_nothing_even_where_it_has_no_mass() -> None:
+    holed = torch.full_like(random_log_probs(0), -math.inf)
+    holed[:, 0] = 0.0
+    whole = random_log_probs(1)
+    mixed = log_linear("mix", {"holed": holed, "whole": whole}, {"holed": 0.0, "whole": 2.0})
+    assert torch.allclose(mixed, (2 * whole).log_softmax(-1))
+
+
+def test_parts_that_share_no_token_are_an_error() -> None:
+    one, other = (torch.tensor([[0.0, -math.inf]]), torch.tensor([[-math.inf, 0.0]]))
+    with pytest.raises(TeacherError, match=r"no mass at all in row 0"):
+        log_linear("mix", {"one": one, "other": other}, {"one": 0.5, "other": 0.5})
+
+
+# --------------------------------------------------------------------------------------------
+# Through the head
+
+
+def combined(case: Case, batch: Batch | None = None, /, **parts: float) -> Batch:
+    """The case's batch with a further view, `teacher.mix`; `student` names the student."""
+    batch = batch or case.batch()
+    views = {**batch.token.views, "teacher.mix": TeacherScores(parts=tuple(parts.items()))}
+    return with_token(batch, views=views)
+
+
+def test_the_head_combines_views_over_the_whole_vocabulary() -> None:
+    case = Case.random(0, views=("teacher", "reference"))
+    batch = combined(case, teacher=1.25, reference=-0.25)
+    (ours,) = fields_of(case, FieldKey("teacher_log_probs", "teacher.mix"), batch=batch)
+    logs = {
+        name: case.rows(logits).log_softmax(-1).numpy()
+        for name, logits in case.teacher_logits.items()
+    }
+    theirs = literal(logs, {"teacher": 1.25, "reference": -0.25})
+    np.testing.assert_allclose(ours.exp().numpy(), theirs, rtol=1e-10)
+
+
+@pytest.mark.parametrize("objective", [REVERSE_KL, Objective(Sampled(reward.teacher_log_ratio))])
+def test_extrapolation_by_one_is_the_plain_teacher_in_loss_and_gradient(
+    objective: Objective,
+) -> None:
+    case = Case.random(1, views=("teacher", "reference"))
+    plain = evaluate(case, objective)
+    views = dict(case.batch().token.views)
+    views["teacher.plain"] = views.pop("teacher")
+    views["teacher"] = TeacherScores(parts=(("reference", 0.0), ("teacher.plain", 1.0)))
+    ours = evaluate(case, objective, with_token(case.batch(), views=views))
+    assert ours.loss == plain.loss
+    assert torch.equal(ours.gradient, plain.gradient)
+
+
+def test_a_combination_of_combinations_multiplies_their_weights() -> None:
+    case = Case.random(2, views=("teacher", "reference"))
+    batch = combined(case, teacher=0.5, reference=0.5)
+    views = {**batch.token.views, "teacher.twice": TeacherScores(parts=(("teacher.mix", 2.0),))}
+    (twice,) = fields_of(
+        case,
+        FieldKey("teacher_log_probs", "teacher.twice"),
+        batch=with_token(batch, views=views),
+    )
+    rows = [case.rows(case.teacher_logits[name]) for name in ("teacher", "reference")]
+    assert torch.allclose(twice, (rows[0] + rows[1]).log_softmax(-1), atol=1e-12)
+
+
+def test_the_student_as_a_part_is_detached() -> None:
+    """Reverse KL to q * student^b: the gradient is that of a constant target, by hand.
+
+    With target log m = log q + b log s - log Z held fixed, d KL(s || m) / d logits is
+    s * (r - sum s r) with r = log s - log m. Were the student not detached, a factor (1 - b) would
+    stand before its share.
+    """
+    case = Case.random(3, gaps=False)
+    batch = combined(case, teacher=1.0, student=0.5)
+    term = Dense(divergence=divergence.reverse_kl, against="teacher.mix")
+    ours = evaluate(case, Objective(term), batch)
+    student = case.student_logits.log_softmax(-1).numpy()
+    target = case.teacher_logits["teacher"].log_softmax(-1).numpy() + 0.5 * student
+    target = target - np.log(np.exp(target).sum(-1, keepdims=True))
+    ratio = student - target
+    kl = (np.exp(student) * ratio).sum(-1, keepdims=True)
+    mask = case.mask.numpy()[..., None]
+    expected = np.where(mask, np.exp(student) * (ratio - kl), 0.0) / case.mask.sum().item()
+    np.testing.assert_allclose(full_gradient(case, ours.gradient), expected, atol=1e-12)
+
+
+def test_a_live_student_compared_with_itself_teaches_nothing() -> None:
+    case = Case.random(4)
+    batch = with_token(case.batch(), views={"teacher": TeacherScores(parts=((STUDENT_PART, 1.0),))})
+    for objective in (REVERSE_KL, Objective(Sampled(reward.teacher_log_ratio))):
+        ours = evaluate(case, objective, batch)
+        assert ours.loss == 0.0
+        assert ours.gradient.abs().max() <= 1e-15
+
+
+def test_a_combination_is_the_same_in_any_micro_batches_and_chunks() -> None:
+    case = Case.random(5, views=("teacher", "reference"))
+    term = Dense(divergence=divergence.forward_kl, against="teacher.mix")
+    batch = combined(case, teacher=1.5, reference=-0.75, student=0.25)
+    whole = evaluate(case, Objective(term), batch)
+    in_rows = evaluate(case, Objective(term), batch, chunk_bytes=4 * case.vocab_size)
+    loss, gradient = evaluate_in_parts(case, Objective(term), 8, batch)
+    assert in_rows.loss == pytest.approx(whole.loss, abs=1e-14)
+    assert loss == pytest.approx(whole.loss, abs=1e-14)
+    assert (in_rows.gradient - whole.gradient).abs().max() <= 1e-15
+    assert (gradient - whole.gradient).abs().max() <= 1e-15
+
+
+def test_merged_end_tokens_have_no_mass_in_any_part_and_spoil_nothing() -> None:
+    case = Case.random(6, views=("teacher", "reference"))
+    batch = combined(case, case.batch(merge_ids=((2, 5),)), teacher=2.0, reference=-1.0)
+    (mixed,) = fields_of(case, FieldKey("teacher_log_probs", "teacher.mix"), batch=batch)
+    assert mixed[:, 5].isneginf().all()
+    assert torch.allclose(mixed.exp().sum(-1), torch.ones(mixed.shape[0], dtype=torch.float64))
+    merged = []
+    for name in ("teacher", "reference"):
+        probs = case.rows(case.teacher_logits[name]).softmax(-1).clone()
+        probs[:, 2] += probs[:, 5]
+        merged.append(probs[:, [0, 1, 2, 3, 4, 6]])
+    expected = merged[0] ** 2 / merged[1]
+    expected = expected / expected.sum(-1, keepdim=True)
+    assert torch.allclose(mixed[:, [0, 1, 2, 3, 4, 6]].exp(), expected, atol=1e-12)
+
+
+def test_a_part_that_nobody_scored_is_named() -> None:
+    case = Case.random(7)
+    with pytest.raises(TeacherError, match="no scores for the view 'reference'"):
+        fields_of(
+            case,
+            FieldKey("teacher_log_probs", "teacher.mix"),
+            batch=combined(case, teacher=1.0, reference=0.5),
+        )
