@@ -113,7 +113,7 @@ def test_the_allowed_imports_have_no_cycle() -> None:
 
 
 def test_formulas_import_torch_and_the_four_top_files_only() -> None:
-    allowed = {"torch", "jaxtyping", "math", "__future__", "collections"}
+    allowed = {"torch", "jaxtyping", "math", "types", "__future__", "collections"}
     for module, file in MODULES.items():
         if part(module) != "formula":
             continue

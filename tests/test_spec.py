@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from opd import methods
 from opd.errors import ConfigError
-from opd.formula import credit, divergence, reward, support, surrogate, weight
-from opd.objective import Dense, Method, Objective, Sampled
+from opd.formula import credit, divergence, reward, routing, support, surrogate, weight
+from opd.objective import Dense, Method, Objective, Routed, Sampled
 from opd.schedule import Cosine, Linear
 from opd.spec import (
     method_from_tree,
@@ -25,7 +25,7 @@ from opd.spec import (
     views_to_tree,
 )
 from opd.training.config import from_tree, to_toml
-from opd.types import StateSource, TeacherView
+from opd.types import Bound, StateSource, TeacherView
 from opd.user_code import find_function
 
 REFERENCE = TeacherView("reference", "initial_student")
@@ -414,3 +414,67 @@ def test_a_users_mistakes_are_named(folder: Path) -> None:
     (folder / "constant_for_this_test.py").write_text("USER = 3\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"'USER' of .* is no function"):
         find_function("constant_for_this_test:USER", folder)
+
+
+# --------------------------------------------------------------------------------------------
+# Which function goes where
+
+
+def test_every_formula_of_credit_and_routing_has_one_place() -> None:
+    for module, without in ((credit, set()), (routing, {"leak"})):
+        placed = [name for names in module.PLACES.values() for name in names]
+        assert sorted(placed) == sorted(set(module.__all__) - without)
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (
+            {"kind": "sampled", "reward": "teacher_log_ratio", "credit": "expected_reward"},
+            "credit = 'expected_reward' is no credit",
+        ),
+        (
+            {"kind": "sampled", "reward": "teacher_log_ratio", "baseline": "return_to_go"},
+            "baseline = 'return_to_go' is no baseline",
+        ),
+        (
+            {
+                "kind": "routed",
+                "source": {"reward": "teacher_log_ratio"},
+                "candidates": "by_score",
+            },
+            "candidates = 'by_score' is no candidates",
+        ),
+    ],
+)
+def test_a_formula_in_the_wrong_slot_is_refused(term: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        method_from_tree("custom", objective={"terms": [term]})
+
+
+ROUTED: dict[str, Any] = {
+    "kind": "routed",
+    "support": {"use": "routing_support", "teacher_k": 4, "student_k": 4},
+    "tail": "renormalise",
+    "candidates": {"use": "endorsed_and_reachable", "teacher_k": 4, "student_k": 4},
+    "gates": ["negative_advantage", "overrated", {"use": "teacher_entropy_below", "nats": 2.0}],
+    "weights": [{"use": "evidence", "full_at": 0.1}],
+    "mode": "interpolate",
+    "interpolation": {"schedule": "linear", "start": 0.0, "end": 1.0, "steps": 5},
+    "source": {"reward": "teacher_log_ratio", "credit": {"use": "gae", "gae_lambda": 0.9}},
+}
+
+
+def test_a_route_survives_the_run_file_with_the_term_inside_it() -> None:
+    penalty = {"kind": "regulariser", "penalty": {"use": "entropy_floor", "nats": 0.2}}
+    method = method_from_tree("custom", objective={"terms": [ROUTED, penalty]})
+    route, floor = method.objective.terms
+    assert isinstance(route, Routed)
+    assert Bound.of(route.source.credit).short_name == "gae"
+    assert floor.kind == "regulariser"
+    assert_survives(method)
+
+
+def test_the_source_of_a_route_is_a_table() -> None:
+    with pytest.raises(ConfigError, match=r"terms\[0\]\.source: write the sampled term as a table"):
+        method_from_tree("custom", objective={"terms": [{**ROUTED, "source": "teacher_log_ratio"}]})

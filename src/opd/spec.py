@@ -198,7 +198,7 @@ def _slot(slot: str, value: Any, path: str, base: Path | None) -> Bound:
     if ":" in name:
         function = find_function(name, base or Path())
     else:
-        exported = {found: module for module in SLOTS[slot] for found in module.__all__}
+        exported = {found: module for module in SLOTS[slot] for found in _names(module, slot)}
         if name not in exported:
             raise ConfigError(f"{path} = {name!r} is no {slot}. {nearest(name, exported)}")
         function = getattr(exported[name], name)
@@ -224,6 +224,12 @@ def _slot(slot: str, value: Any, path: str, base: Path | None) -> Bound:
     if ":" in name:  # a function of the run's folder is the same wherever the folder lies
         bound = replace(bound, name=name.replace(":", "."))
     return bound.with_knobs(**knobs)
+
+
+def _names(module: ModuleType, slot: str) -> Sequence[str]:
+    """The functions of a module that are made for a slot."""
+    places: Mapping[str, Sequence[str]] = getattr(module, "PLACES", {slot: module.__all__})
+    return places[slot]
 
 
 def _knob(value: Any, path: str) -> Any:

@@ -13,7 +13,8 @@ the named objective. `score` is the gradient of the log-probability of the sampl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +39,17 @@ __all__ = [
     "value",
     "windowed",
 ]
+
+BASELINES = ("batch_mean", "expected_reward", "group_mean", "position_mean", "value")
+"""What may be subtracted from credit; the others are credit."""
+
+PLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "credit": tuple(name for name in __all__ if name not in BASELINES),
+        "baseline": BASELINES,
+    }
+)
+"""Which slot each function is for."""
 
 MEANINGS = ("task", "teacher_reliability", "variance_heuristic")
 

@@ -21,6 +21,8 @@ student's factor in the share; and a transfer that saturates.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,6 +53,26 @@ __all__ = [
     "raised",
     "teacher_top",
 ]
+
+PLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "score": ("centred_log_ratio",),
+        "candidates": (
+            "all_others",
+            "best",
+            "endorsed_and_reachable",
+            "endorsed_or_likely",
+            "raised",
+            "teacher_top",
+        ),
+        "share": ("by_powers", "by_score"),
+        "amount": ("excess_score", "matched_suppression"),
+        "transfer": ("bounded_cross_entropy", "linear_transfer", "pairwise_logistic"),
+        "gates": ("candidate_mass", "has_candidates", "overrated"),
+        "weights": ("evidence",),
+    }
+)
+"""Which slot of a route each function is for; `leak` is a metric."""
 
 MARGIN = 1e-6
 """Nats by which a score must differ from zero, so that rounding alone opens no route where teacher
