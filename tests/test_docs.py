@@ -370,12 +370,27 @@ def test_the_example_of_the_readme_runs(walk: Path, tmp_path: Path) -> None:
     assert (walk / "runs" / "chats-1" / "model").is_dir()
 
 
+def test_the_example_of_the_audit_says_what_is_unbiased(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = [block for block in blocks(ROOT / "docs/audit.md") if block.marker == "run"]
+    exec(compile(example.text, example.place, "exec"), {})
+    errors = [float(found) for found in re.findall(r"off by (\S+),", capsys.readouterr().out)]
+    assert [error < 1e-9 for error in errors] == [False, True, True]
+
+
 def test_the_guide_lists_every_key_of_a_term() -> None:
     text = (ROOT / "docs/guide.md").read_text()
     table = text[text.index("| key of a term |") :].split("\n\n", 1)[0]
     named = set(re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines())))
     keys = {key for term in TERMS.values() for key in term.__dataclass_fields__}
     assert named == keys | {"kind"}
+
+
+def test_the_page_of_objectives_names_every_formula_that_a_slot_takes() -> None:
+    named = set(re.findall(r"`(\w+)`", (ROOT / "docs/objectives.md").read_text()))
+    slots = {
+        name for name, found in catalog.formulas().items() if found.module != "opd.formula.reduce"
+    }
+    assert {name.partition(".")[2] for name in slots} <= named
 
 
 def test_the_guide_lists_every_exit_code() -> None:

@@ -23,6 +23,7 @@ from opd.objective import (
     token_field,
 )
 from opd.schedule import Cosine, Linear
+from opd.terms import term_key
 from opd.types import Bound, FieldKey, Need, StateSource, TeacherView
 from tests.builders import DATA, STUDENT, TEACHER, Case, evaluate, fields_of
 
@@ -308,6 +309,25 @@ def test_fields_that_no_view_or_support_can_change_share_one_key() -> None:
     assert field_key("reverse_kl", "a", top, "bucket") == FieldKey("reverse_kl", "a", top, "bucket")
 
 
+def size_of_state(student_hidden: Float[Tensor, "*n H"]) -> Float[Tensor, "*n"]:
+    return student_hidden.square().sum(-1)
+
+
+@pytest.mark.parametrize("preserve_mass", [False, True], ids=["update", "signal"])
+def test_a_formula_may_read_the_student_s_hidden_states_in_either_phase(
+    preserve_mass: bool,
+) -> None:
+    case = Case.random(2)
+    term = replace(REVERSE_KL, weights=(size_of_state,), preserve_mass=preserve_mass)
+    assert Need("student", "student_hidden", "") in Objective(term).needs
+    out = evaluate(case, Objective(term), chunk_bytes=7 * 4 * 3)
+    size = case.rows(case.student_logits).square().sum(-1)
+    weight = size / size.mean() if preserve_mass else size
+    plain = evaluate(case, Objective(REVERSE_KL))
+    expected = (weight * plain.head.rows["loss/dense"]).mean()
+    assert out.loss == pytest.approx(float(expected), rel=1e-12)
+
+
 def test_a_baseline_on_a_support_is_evaluated_there() -> None:
     case = Case.random(2)
     narrow = replace(
@@ -316,7 +336,7 @@ def test_a_baseline_on_a_support_is_evaluated_there() -> None:
         support=partial(support.teacher_top_k, k=2),
         tail="renormalise",
     )
-    key = narrow.key("reverse_kl")
+    key = term_key(narrow, "reverse_kl")
     local, whole = fields_of(case, key, FieldKey("reverse_kl", "teacher"))
     assert (local - whole).abs().max() > 1e-3
     logp = case.rows(case.student_logits.log_softmax(-1)).gather(

@@ -127,6 +127,25 @@ def test_the_share_of_open_gates_is_counted_one_by_one() -> None:
         assert stats[f"gate/routed/{name}"].total >= sum(gates)
 
 
+def test_a_route_says_what_suppression_would_send_past_its_candidates() -> None:
+    stat = evaluate(CASE, Objective(ROUTE)).head.stats["leak/routed"]
+    student = CASE.rows(CASE.student_logits).log_softmax(-1)
+    teacher = CASE.rows(CASE.teacher_logits["teacher"]).log_softmax(-1)
+    leaks = []
+    for n, token in enumerate(CASE.rows(CASE.tokens).tolist()):
+        if teacher[n, token] >= student[n, token]:
+            continue
+        top = [set(side[n].argsort(descending=True)[:3].tolist()) for side in (student, teacher)]
+        omega = sorted(top[0] | top[1] | {token})
+        log_s, log_t = (side[n, omega].log_softmax(0) for side in (student, teacher))
+        eta = log_t - log_s + (log_s.exp() * (log_s - log_t)).sum()
+        chosen = [v for v, e in zip(omega, eta, strict=True) if v in top[0] & top[1] and e > 1e-6]
+        received = sum(float(student[n, v].exp()) for v in chosen if v != token)
+        leaks.append(1 - received / (1 - float(student[n, token].exp())))
+    assert stat.count == len(leaks)
+    assert stat.total == pytest.approx(sum(leaks), abs=1e-12)
+
+
 def test_a_route_reads_the_advantage_after_credit() -> None:
     walked = replace(LOG_RATIO, credit=credit.return_to_go)
     route = replace(ROUTE, source=walked, amount=routing.matched_suppression, gates=(open_gate,))

@@ -13,7 +13,18 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-FORMULA_MODULES = ("support", "divergence", "reward", "credit", "surrogate", "weight", "reduce")
+FORMULA_MODULES = (
+    "support",
+    "divergence",
+    "reward",
+    "outcome",
+    "credit",
+    "surrogate",
+    "routing",
+    "weight",
+    "regulariser",
+    "reduce",
+)
 
 
 @dataclass(frozen=True)

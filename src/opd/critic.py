@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from opd.fields import counted
 from opd.formula import credit
 from opd.types import Stat
 
@@ -168,7 +167,6 @@ def _held_back(
     return (near - targets).abs() > (values - targets).abs()
 
 
-@counted(_held_back)
 def value_loss(
     values: Float[Tensor, " N"],
     old_values: Float[Tensor, " N"],
@@ -220,8 +218,8 @@ def explained_variance(stats: Mapping[str, Stat]) -> float:
 class Critic:
     """A value head with its own optimizer and the rows it still learns from.
 
-    Deterministic given the generators; `state_dict` holds all the rest, so that a critic that is
-    loaded goes on bit for bit as the one that was saved.
+    Implements `opd.types.Critic`. Deterministic given the generators; `state_dict` holds all the
+    rest, so that a critic that is loaded goes on bit for bit as the one that was saved.
 
     Args:
         input_size: H, the width of the student's hidden states.

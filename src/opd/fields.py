@@ -32,19 +32,19 @@ class Field:
         meaning: one line.
         side: whose distribution must be known: the student's, the view's, both or none.
         scope: how much of it: the sampled token, the term's support, or its own top ids.
-        coupled: the value depends on other tokens than the row's own, so a formula that
-            takes it runs in the signal phase.
         provider: a record (`rollout`, `student`, `view`, `critic`), the support itself
             (`support`), the slot before (`term`), or the qualified name of the formula that
             computes the field on a support.
+        coupled: the value depends on other tokens than the row's own, so a formula that
+            takes it runs in the signal phase.
     """
 
     shape: str
     meaning: str
     side: Side = "none"
     scope: Scope = "none"
-    coupled: bool = False
     provider: str = "rollout"
+    coupled: bool = False
 
 
 FIELDS: MappingProxyType[str, Field] = MappingProxyType(
@@ -54,25 +54,18 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
         "special": Field("*n", "a special token other than an end token"),
         "position": Field("*n", "index of the token within its response"),
         "sampler_logp": Field("*n", "log-probability under the engine that generated"),
-        "old_logp": Field(
-            "*n", "log-probability under the trainer's weights at rollout time", provider="rollout"
-        ),
-        "student_logp": Field("*n", "log-probability now", "student", "sampled", False, "student"),
-        "teacher_logp": Field(
-            "*n", "log-probability by the view", "view", "sampled", False, "view"
-        ),
+        "old_logp": Field("*n", "log-probability under the trainer's weights at rollout time"),
+        "student_logp": Field("*n", "log-probability now", "student", "sampled", "student"),
+        "teacher_logp": Field("*n", "log-probability by the view", "view", "sampled", "view"),
         "student_log_probs": Field(
-            "*n K", "the student on the support", "student", "support", False, "student"
+            "*n K", "the student on the support", "student", "support", "student"
         ),
-        "teacher_log_probs": Field(
-            "*n K", "the view on the support", "view", "support", False, "view"
-        ),
+        "teacher_log_probs": Field("*n K", "the view on the support", "view", "support", "view"),
         "student_support_logp": Field(
             "*n K",
             "the student on the support's entries as it is, whatever the tail rule",
             "student",
             "support",
-            False,
             "student",
         ),
         "teacher_support_logp": Field(
@@ -80,43 +73,33 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
             "the view on the support's entries as it is, whatever the tail rule",
             "view",
             "support",
-            False,
             "view",
         ),
         "student_log_tail": Field(
-            "*n",
-            "log of the student's mass outside the support",
-            "student",
-            "support",
-            False,
-            "student",
+            "*n", "log of the student's mass outside the support", "student", "support", "student"
         ),
         "teacher_log_tail": Field(
-            "*n", "log of the view's mass outside the support", "view", "support", False, "view"
+            "*n", "log of the view's mass outside the support", "view", "support", "view"
         ),
         "support_ids": Field(
             "*n K",
             "ids of the support's entries; -1 where an entry is absent or a bucket",
             "none",
             "support",
-            False,
             "support",
         ),
         "in_support": Field(
-            "*n", "the chosen token is one of the support", "none", "support", False, "support"
+            "*n", "the chosen token is one of the support", "none", "support", "support"
         ),
         "student_top_ids": Field(
-            "*n K", "the student's likeliest tokens", "student", "top", False, "student"
+            "*n K", "the student's likeliest tokens", "student", "top", "student"
         ),
-        "teacher_top_ids": Field(
-            "*n K", "the view's likeliest tokens", "view", "top", False, "view"
-        ),
+        "teacher_top_ids": Field("*n K", "the view's likeliest tokens", "view", "top", "view"),
         "reverse_kl": Field(
             "*n",
             "KL(student || view) on the support",
             "both",
             "support",
-            False,
             "opd.formula.divergence.reverse_kl",
         ),
         "forward_kl": Field(
@@ -124,7 +107,6 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
             "KL(view || student) on the support",
             "both",
             "support",
-            False,
             "opd.formula.divergence.forward_kl",
         ),
         "total_variation": Field(
@@ -132,7 +114,6 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
             "total variation distance on the support",
             "both",
             "support",
-            False,
             "opd.formula.divergence.total_variation",
         ),
         "student_entropy": Field(
@@ -140,7 +121,6 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
             "entropy of the student on the support",
             "student",
             "support",
-            False,
             "opd.formula.divergence.student_entropy",
         ),
         "teacher_entropy": Field(
@@ -148,11 +128,10 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
             "entropy of the view on the support",
             "view",
             "support",
-            False,
             "opd.formula.divergence.teacher_entropy",
         ),
         "student_hidden": Field(
-            "*n H", "the student's last hidden state, detached", "student", "none", False, "student"
+            "*n H", "the student's last hidden state, detached", "student", "none", "student"
         ),
         "special_ids": Field("S", "ids of the special tokens other than end tokens"),
         "reward": Field("*n", "the term's reward", provider="term"),
@@ -174,6 +153,10 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
         "verdict": Field("B", "the verifier's score of the response", coupled=True),
     }
 )
+
+
+# `provenance` and `student_hidden` serve the metrics and the critic too; with `forward_kl` they are
+# here for formulas of a user's own, since none of the library's asks for them.
 
 
 def counted(hit: Callable[..., Any]) -> Callable[[F], F]:

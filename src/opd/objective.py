@@ -37,6 +37,7 @@ from opd.terms import (
     is_number,
     parts,
     source_label,
+    term_key,
     top_size,
     weight_factor,
     weight_slots,
@@ -200,7 +201,7 @@ class Objective:
         keys: set[FieldKey] = set()
         for _, term, bound in self._signal_slots():
             keys |= {
-                term.key(name, bound)
+                term_key(term, name, bound)
                 for name in positional_names(bound.function)
                 if name in FIELDS and _is_computed(name)
             }
@@ -247,13 +248,13 @@ class Objective:
                     continue
                 yield label, term, bound
                 if (read := advantage_read(label, term, bound)) is not None:
-                    advantages.add(self._label_of(read))
+                    advantages.add(self.sampled_label(read))
         for label, sampled in self.sampled():
             if label in advantages:
                 for _, bound in sampled.advantage_slots():
                     yield label, sampled, bound
 
-    def _label_of(self, read: str) -> str:
+    def sampled_label(self, read: str) -> str:
         """The label of the sampled term that `of = read` means: its own, or its route's."""
         known = {label for label, _ in self.sampled()}
         return read if read in known else source_label(read)
@@ -264,7 +265,7 @@ class Objective:
             for place, bound in term.slots():
                 read = advantage_read(label, term, bound)
                 in_weights = place.startswith(("weights", "gates"))
-                if in_weights and read is not None and self._label_of(read) not in known:
+                if in_weights and read is not None and self.sampled_label(read) not in known:
                     raise ValueError(
                         f"{place} of {label!r}: {bound.name} reads the advantage of {read!r}, and "
                         f"no sampled term is called that; there are: "
@@ -420,7 +421,7 @@ class _UpdatePhase:
     def __init__(self, objective: Objective, look_up: RowFields, notes: dict[str, Tensor]) -> None:
         self.field = look_up
         self._sampled = dict(objective.sampled())
-        self._label_of = objective._label_of
+        self._sampled_label = objective.sampled_label
         self._notes = notes
         self._advantages: dict[str, Tensor] = {}
 
@@ -431,7 +432,7 @@ class _UpdatePhase:
         self._notes[name] = value.detach()
 
     def advantage(self, label: str) -> Tensor:
-        label = self._label_of(label)
+        label = self._sampled_label(label)
         if label not in self._advantages:
             self._advantages[label] = self._advantage(label, self._sampled[label])
         return self._advantages[label]
@@ -455,7 +456,7 @@ class _SignalPhase:
         self.results: dict[str, Tensor] = {}
         self._token, self._values = token, values
         self._sampled = dict(objective.sampled())
-        self._label_of = objective._label_of
+        self._sampled_label = objective.sampled_label
         self._advantages: dict[str, Tensor] = {}
 
     def field(self, key: FieldKey) -> Tensor:
@@ -470,7 +471,7 @@ class _SignalPhase:
         self.results[name] = value
 
     def advantage(self, label: str) -> Tensor:
-        label = self._label_of(label)
+        label = self._sampled_label(label)
         if label not in self._advantages:
             self._advantages[label] = self._sampled[label].advantage(label, self)
         return self._advantages[label]
@@ -523,7 +524,12 @@ def _need(term: Term, name: str, reader: Bound) -> Iterator[Need]:
     if entry is None or entry.side == "none":
         return
     support = Bound.of(term.support)
-    where = {"sampled": "sampled", "support": support.short_name, "top": "own_top"}[entry.scope]
+    where = {
+        "none": "",
+        "sampled": "sampled",
+        "support": support.short_name,
+        "top": "own_top",
+    }[entry.scope]
     size = 0
     if entry.scope == "support":
         size = sum(

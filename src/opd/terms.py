@@ -62,7 +62,7 @@ class Evaluation(Protocol):
         ...
 
     def note(self, name: str, value: Tensor) -> None:
-        """Keep a per-row number for the metrics."""
+        """Keep a per-row number for the metrics; NaN on rows that it does not concern."""
         ...
 
 
@@ -114,10 +114,6 @@ class Dense:
         """Every function of the term with the name of its place."""
         yield from _slots(self, "divergence", "support", "weights")
 
-    def key(self, name: str, reader: Bound | None = None) -> FieldKey:
-        """The field `name` as the term's function `reader` sees it."""
-        return _key(self, name, reader)
-
 
 @dataclass(frozen=True)
 class Regulariser:
@@ -154,10 +150,6 @@ class Regulariser:
     def slots(self) -> Iterator[tuple[str, Bound]]:
         """Every function of the term with the name of its place."""
         yield from _slots(self, "penalty", "support", "weights")
-
-    def key(self, name: str, reader: Bound | None = None) -> FieldKey:
-        """The field `name` as the term's function `reader` sees it."""
-        return _key(self, name, reader)
 
 
 @dataclass(frozen=True)
@@ -251,10 +243,6 @@ class Sampled:
         """Every function of the term with the name of its place."""
         yield from self.advantage_slots()
         yield from _slots(self, "surrogate", "support", "weights")
-
-    def key(self, name: str, reader: Bound | None = None) -> FieldKey:
-        """The field `name` as the term's function `reader` sees it."""
-        return _key(self, name, reader)
 
 
 @dataclass(frozen=True)
@@ -360,6 +348,9 @@ class Routed:
             evaluation.note(f"gate/{label}/{bound.short_name}", factor)
             gate = gate * factor
         evaluation.note(f"routed/{label}", gate)
+        suppressed = given["advantage"] < 0
+        leak = call(routings.leak)
+        evaluation.note(f"leak/{label}", torch.where(suppressed, leak, math.nan))
         zeta = MODES[self.mode]
         if zeta is None:
             zeta = _settled_number(self.interpolation, f"interpolation of {label!r}")
@@ -374,10 +365,6 @@ class Routed:
             self, "score", "candidates", "share", "amount", "transfer", "gates", "support"
         )
         yield from _slots(self, "weights")
-
-    def key(self, name: str, reader: Bound | None = None) -> FieldKey:
-        """The field `name` as the term's function `reader` sees it."""
-        return _key(self, name, reader)
 
 
 Term = Dense | Sampled | Regulariser | Routed
@@ -439,7 +426,8 @@ def field_key(
     return FieldKey(name, against, support, tail, smoothed)
 
 
-def _key(term: Term, name: str, reader: Bound | None) -> FieldKey:
+def term_key(term: Term, name: str, reader: Bound | None = None) -> FieldKey:
+    """The field `name` as the term's function `reader` sees it."""
     if name in FIELDS and FIELDS[name].scope == "top":
         return field_key(name, term.against, top_k(name, reader))
     return field_key(name, term.against, Bound.of(term.support), term.tail, term.smoothing)
@@ -487,7 +475,7 @@ def _call(term: Term, slot: Slot, evaluation: Evaluation, label: str, **given: T
     """The formula's answer; whatever goes wrong inside it is told as the formula's fault."""
     bound = Bound.of(slot)
     arguments = [
-        given[name] if name in given else evaluation.field(term.key(name, bound))
+        given[name] if name in given else evaluation.field(term_key(term, name, bound))
         for name in positional_names(bound.function)
     ]
     try:

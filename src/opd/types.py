@@ -464,6 +464,10 @@ class Verdict:
     reason: str = ""
 
 
+PASS_MARK = 0.5
+"""A score at or above this counts as right where only right or wrong is asked."""
+
+
 @runtime_checkable
 class Verifier(Protocol):
     """Judges one response. `response` is the decoded text without special tokens."""
@@ -674,6 +678,40 @@ class Sampler(Protocol):
         generator: torch.Generator,
         policy_version: int = 0,
     ) -> Rollout: ...
+
+
+@runtime_checkable
+class Critic(Protocol):
+    """Knows what the rest of a response is worth, from the student's hidden states, in nats."""
+
+    def values(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, " N"]:
+        """The value of each state, detached."""
+        ...
+
+    def bootstrap(
+        self, hidden: Float[Tensor, "B H"], cut_off: Bool[Tensor, " B"]
+    ) -> Float[Tensor, " B"]:
+        """The value of the state after each response's last token; 0 where the response ended."""
+        ...
+
+    def fit(
+        self,
+        hidden: Float[Tensor, "N H"],
+        targets: Float[Tensor, " N"],
+        place: Float[Tensor, " N"],
+        generator: torch.Generator,
+    ) -> Mapping[str, Stat]:
+        """Learn what the states turned out to be worth.
+
+        Args:
+            place: where in its response a state stands, from 0 (first token) to 1 (last).
+            generator: of whatever is drawn.
+
+        Returns:
+            Metrics; of the states before they are taught `critic/target`, `critic/residual` and
+            their squares, `..._square`, among them. Nothing without states.
+        """
+        ...
 
 
 # --------------------------------------------------------------------------------------------

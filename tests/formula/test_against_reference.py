@@ -85,7 +85,6 @@ KNOBS: dict[str, list[Knobs]] = {
     "reward.skew_reverse_kl_reward": [{"skew": s} for s in (0.1, 0.7)],
     "reward.alpha_divergence_reward": [{"alpha": a} for a in (-0.5, 0.2, 0.5, 1.3)],
     "reward.overlong_cost": [{"start": 0, "limit": 5}, {"start": 4, "limit": 9}],
-    "reward.group_advantage": [{}, {"divide_by_std": False}],
     "credit.discounted": [
         {"gamma": gamma, "meaning": "task"} for gamma in (0.0, 0.3, 0.9, 0.999, 1.0)
     ],

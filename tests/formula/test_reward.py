@@ -477,12 +477,9 @@ def group_advantage(
     verdicts: list[float], groups: list[int], *, divide_by_std: bool = True
 ) -> list[float]:
     """One open token per response."""
-    found = reward.group_advantage(
-        tensor(*verdicts),
-        torch.tensor(groups),
-        torch.ones(len(groups), 1, dtype=torch.bool),
-        divide_by_std=divide_by_std,
-    )
+    formula = reward.group_advantage if divide_by_std else reward.group_deviation
+    open_tokens = torch.ones(len(groups), 1, dtype=torch.bool)
+    found = formula(tensor(*verdicts), torch.tensor(groups), open_tokens)
     return [float(row) for row in found[:, 0]]
 
 

@@ -309,13 +309,14 @@ def test_smoothing_the_entries_of_a_support_is_smoothing_the_whole() -> None:
     assert torch.allclose(before, after, rtol=0, atol=1e-15)
 
 
-def test_smoothing_counts_the_rows_where_the_floor_outweighs_the_teacher() -> None:
-    hit = support.smooth.counted  # type: ignore[attr-defined]
+def test_the_floor_outweighs_the_teacher_where_the_larger_part_of_the_mass_is_its() -> None:
     rows = torch.stack([logs(0.5, 0.4, 0.1), logs(0.5, 0.5, 0.0), logs(0.9, 0.06, 0.04)])
     # with 0.3 spread over 3 entries the floor is 0.1, and the teacher's part 0.7 of its own mass
-    assert hit(rows, smoothing=0.3, vocab_size=3).tolist() == [True, True, True]
+    high = support.floor_outweighs(rows, smoothing=0.3, vocab_size=3)
+    assert high.tolist() == [[False, False, True], [False, False, True], [False, True, True]]
     # 0.03 over 3: a floor of 0.01 against 0.97 of 0.1, 0 and 0.04
-    assert hit(rows, smoothing=0.03, vocab_size=3).tolist() == [False, True, False]
+    low = support.floor_outweighs(rows, smoothing=0.03, vocab_size=3)
+    assert low.tolist() == [[False] * 3, [False, False, True], [False] * 3]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 1.0, -0.1, 2.0, math.nan])

@@ -375,3 +375,8 @@ def _x_log_x(x: float) -> float:
 
 def _sign(x: float) -> float:
     return float(x > 0) - float(x < 0)
+
+
+def group_deviation(verdict: npt.ArrayLike, group: npt.ArrayLike, mask: npt.ArrayLike) -> Array:
+    """`[B, T]`: verdict - mean of its group, on every open token. Source: arXiv:2503.20783."""
+    return group_advantage(verdict, group, mask, divide_by_std=False)

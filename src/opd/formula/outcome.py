@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opd.fields import counted
 from opd.formula.reward import group_advantage, verdict_reward
+from opd.types import PASS_MARK
 
 __all__ = [
     "add_group_advantage",
@@ -23,9 +24,6 @@ __all__ = [
     "sigmoid_gate",
     "terminal_verdict",
 ]
-
-PASS_MARK = 0.5
-"""A verdict at or above this counts as correct where only its sign is read."""
 
 
 def terminal_verdict(

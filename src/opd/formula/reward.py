@@ -35,6 +35,7 @@ __all__ = [
     "forward_kl_reward",
     "generalized_jsd_reward",
     "group_advantage",
+    "group_deviation",
     "length_cost",
     "one",
     "overlong_cost",
@@ -592,47 +593,66 @@ def verdict_reward(verdict: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> F
 
 
 def group_advantage(
-    verdict: Float[Tensor, " B"],
-    group: Int[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    divide_by_std: bool = True,
+    verdict: Float[Tensor, " B"], group: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """The verdict against those of the same prompt's other samples, on every open token.
+    """The verdict against those of the same prompt's other samples, standardised, on every token.
 
-        A = (verdict - mean_group) / std_group,  or  verdict - mean_group
+        A = (verdict - mean_group) / std_group
 
     The standard deviation is that of a sample of G (divisor G - 1) and nothing is added to it.
-    The paper does not say which; its common implementations take this one. Undivided and summed
-    over the tokens, it is unbiased for (1 - 1/G) times the gradient of the expected verdict: the
-    response's own verdict is part of the mean. Divided, prompts whose verdicts rarely differ weigh
-    more, and it is the gradient of no fixed objective. 0 where the group's verdicts are all
-    equal, or only one was judged: such prompts teach nothing. It needs no teacher, and belongs
-    with `immediate` credit, for it is a return already.
+    The paper does not say which; its common implementations take this one. Prompts whose verdicts
+    rarely differ weigh more: it is the gradient of no fixed objective. `group_deviation` does not
+    divide. 0 where the group's verdicts are all equal, or only one was judged: such prompts teach
+    nothing. It needs no teacher, and belongs with `immediate` credit, for it is a return already.
 
     Args:
         verdict: in [0, 1]; NaN, not judged, is left out of the statistics and gets 0.
         group: index of the prompt; samples of one prompt share it.
         mask: where the result is not 0; the statistics do not read it.
-        divide_by_std: False leaves the deviation from the mean as it is.
 
-    Source: GRPO, section 4.1.2 of arXiv:2402.03300; without division arXiv:2503.20783.
+    Source: GRPO, section 4.1.2 of arXiv:2402.03300.
     """
-    score = verdict.detach()
-    judged = ~score.isnan()
-    peers = (group[:, None] == group) & judged  # [B, B]: row i marks the judged of i's group
-    count = peers.sum(1)
-    advantage = score - torch.where(peers, score, 0.0).sum(1) / count
-    # By comparison, not by a standard deviation of 0: rounding leaves equal scores at 1e-17.
-    differ = (peers & (score != score[:, None])).any(1)
-    if divide_by_std:
-        variance = torch.where(peers, advantage.square(), 0.0).sum(1) / (count - 1)
-        advantage = advantage / variance.sqrt()
-    return torch.where(mask & (judged & differ)[:, None], advantage[:, None], 0.0)
+    deviation, peers = _group_deviation(verdict, group)
+    variance = torch.where(peers, deviation.square(), 0.0).sum(1) / (peers.sum(1) - 1)
+    advantage = torch.where(deviation == 0, 0.0, deviation / variance.sqrt())
+    return torch.where(mask, advantage[:, None], 0.0)
+
+
+def group_deviation(
+    verdict: Float[Tensor, " B"], group: Int[Tensor, " B"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """The verdict less the mean over the same prompt's samples, on every open token.
+
+        A = verdict - mean_group
+
+    Summed over the tokens it is unbiased for (1 - 1/G) times the gradient of the expected verdict,
+    G the number of samples: the response's own verdict is part of the mean. 0 where the group's
+    verdicts are all equal, or only one was judged.
+
+    Args:
+        verdict, group, mask: as in `group_advantage`.
+
+    Source: GRPO without the division, arXiv:2503.20783.
+    """
+    deviation, _ = _group_deviation(verdict, group)
+    return torch.where(mask, deviation[:, None], 0.0)
 
 
 # --------------------------------------------------------------------------------------------
 # Parts
+
+
+def _group_deviation(
+    verdict: Float[Tensor, " B"], group: Int[Tensor, " B"]
+) -> tuple[Float[Tensor, " B"], Bool[Tensor, "B B"]]:
+    """Each verdict less its group's mean, 0 where unjudged; row i marks the judged of i's group."""
+    score = verdict.detach()
+    judged = ~score.isnan()
+    peers = (group[:, None] == group) & judged
+    deviation = score - torch.where(peers, score, 0.0).sum(1) / peers.sum(1)
+    # By comparison, not by a deviation of 0: rounding leaves equal scores at 1e-17.
+    differ = (peers & (score != score[:, None])).any(1)
+    return torch.where(judged & differ, deviation, 0.0), peers
 
 
 def _log_mixture_ratio(log_ratio: Float[Tensor, "*n"], weight: float) -> Float[Tensor, "*n"]:

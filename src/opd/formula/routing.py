@@ -72,7 +72,7 @@ PLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "weights": ("evidence",),
     }
 )
-"""Which slot of a route each function is for; `leak` is a metric."""
+"""Which slot of a route each function is for; `leak` measures, and has none."""
 
 MARGIN = 1e-6
 """Nats by which a score must differ from zero, so that rounding alone opens no route where teacher

@@ -27,8 +27,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opd.fields import counted
-
 __all__ = [
     "full",
     "intersection",
@@ -256,15 +254,6 @@ def with_bucket(
     return torch.cat([inside, log_mass.unsqueeze(-1)], dim=-1)
 
 
-def _floor_outweighs(
-    teacher_log_probs: Float[Tensor, "*n K"], *, smoothing: float, vocab_size: int
-) -> Bool[Tensor, "*n"]:
-    """Rows with an entry whose mass comes from the floor rather than from the teacher."""
-    floor = math.log(smoothing / vocab_size) - math.log1p(-smoothing)
-    return (teacher_log_probs < floor).any(-1)
-
-
-@counted(_floor_outweighs)
 def smooth(
     teacher_log_probs: Float[Tensor, "*n K"], *, smoothing: float, vocab_size: int
 ) -> Float[Tensor, "*n K"]:
@@ -291,6 +280,19 @@ def smooth(
         )
     floor = teacher_log_probs.new_tensor(math.log(smoothing / vocab_size))
     return torch.logaddexp(teacher_log_probs + math.log1p(-smoothing), floor)
+
+
+def floor_outweighs(
+    teacher_log_probs: Float[Tensor, "*n K"], *, smoothing: float, vocab_size: int
+) -> Bool[Tensor, "*n K"]:
+    """Entries whose mass, once smoothed, comes from the floor rather than from the teacher.
+
+        smoothing / vocab_size > (1 - smoothing) * teacher(v)
+
+    Args:
+        teacher_log_probs, smoothing, vocab_size: as in `smooth`.
+    """
+    return teacher_log_probs < math.log(smoothing / vocab_size) - math.log1p(-smoothing)
 
 
 def _massless(log_probs: Float[Tensor, "*n K"]) -> Bool[Tensor, "*n"]:

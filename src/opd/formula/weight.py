@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.fields import counted
+from opd.types import PASS_MARK
 
 __all__ = [
     "confident_wrong",
@@ -74,7 +75,8 @@ def in_span(extra_span: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         w = 1 where span is not 0, 0 elsewhere
 
     Args:
-        extra_span: a column of the data, one number per response or per token.
+        extra_span: a column; of a data set one number per response, in `TokenBatch.extra` also one
+            per token.
 
     Source: TRACE, arXiv:2605.10194, which trains on key spans and skips the rest.
     """
@@ -517,7 +519,7 @@ def correct(verdict: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Te
 
     Source: routing by correctness, SCOPE, arXiv:2604.10688.
     """
-    return _gate((verdict >= 0.5).unsqueeze(1) & mask, verdict)
+    return _gate((verdict >= PASS_MARK).unsqueeze(1) & mask, verdict)
 
 
 def incorrect(verdict: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -532,7 +534,7 @@ def incorrect(verdict: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]) -> Float[
 
     Source: routing by correctness, SCOPE, arXiv:2604.10688, which distils wrong responses only.
     """
-    return _gate((verdict < 0.5).unsqueeze(1) & mask, verdict)
+    return _gate((verdict < PASS_MARK).unsqueeze(1) & mask, verdict)
 
 
 def teacher_passes(

@@ -15,6 +15,7 @@ from opd.formula import support
 from opd.formula.numerics import project
 from opd.head.rows import ChunkFields, likeliest
 from opd.objective import SETTLED, Objective, token_field
+from opd.terms import term_key
 from opd.types import (
     Batch,
     Bound,
@@ -147,6 +148,8 @@ class _Visit:
                 return token_field(token, name)
             if name == "student_top_ids":
                 return token_field(token, name)[rows]
+            if name == HIDDEN.name:
+                return hidden.detach()
             packed = pack_rows(token_field(token, name), token.mask)[rows]
             return merged_tokens(packed, merge_ids) if name == "tokens" else packed
 
@@ -168,10 +171,7 @@ class _Visit:
             {name: scores.rows(rows) for name, scores in token.views.items()},
             project_view,
         )
-        fields = {
-            key: (hidden if key == HIDDEN else _wanted(look_up, log_probs, key)).detach()
-            for key in self.wanted
-        }
+        fields = {key: _wanted(look_up, log_probs, key).detach() for key in self.wanted}
         if self.objective is None:
             return HeadOutput(None, fields=fields)
         return replace(self._evaluate(log_probs, look_up, rows), fields=fields)
@@ -190,7 +190,7 @@ class _Visit:
             stats[f"loss/{label}"] = _stat(value, chosen)
         for name, value in notes.items():
             label = name.split("/")[1].partition(".")[0]
-            chosen = self._factors[label][rows] != 0
+            chosen = (self._factors[label][rows] != 0) & ~value.isnan()
             stats[name] = _stat(value, chosen)
         by_products = {f"loss/{label}": value.detach() for label, value in losses.items()}
         # the formula's value in two passes over memory; it has no gradient to keep finite
@@ -213,7 +213,7 @@ class _Visit:
                 share = look_up.share_at_floor(term.against, term.smoothing)
                 notes[f"changed/{label}/smoothing"] = share
             if Bound.of(term.support).function is support.intersection:
-                ids = look_up(term.key("support_ids"))
+                ids = look_up(term_key(term, "support_ids"))
                 notes[f"empty/{label}/support"] = (ids < 0).all(-1).to(torch.float32)
 
 

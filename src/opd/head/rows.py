@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.errors import ConfigError, TeacherError
@@ -173,16 +173,22 @@ class ChunkFields:
     def _smoothed(self, log_probs: Tensor, key: FieldKey) -> Tensor:
         if not key.smoothing:
             return log_probs
-        # ids that were merged into others carry no mass on either side, and get none
-        merged_away = self._student[:1] == -math.inf
-        size = merged_away.shape[-1] - int(merged_away.sum())
+        merged_away, size = self._merged_away()
         smooth = supports.smooth(log_probs, smoothing=key.smoothing, vocab_size=size)
         return smooth if smooth.dim() == 1 else smooth.masked_fill(merged_away, -math.inf)
 
     def share_at_floor(self, view: str, smoothing: float) -> Float[Tensor, " n"]:
-        """Share of the vocabulary to which the view gives less than smoothing does."""
-        floor = math.log(smoothing / self._student.shape[-1])
-        return (self._view_log_probs(view) < floor).to(self._student.dtype).mean(-1)
+        """Share of the vocabulary to which smoothing gives more than the view does."""
+        merged_away, size = self._merged_away()
+        low = supports.floor_outweighs(
+            self._view_log_probs(view), smoothing=smoothing, vocab_size=size
+        )
+        return (low & ~merged_away).sum(-1).to(self._student.dtype) / size
+
+    def _merged_away(self) -> tuple[Bool[Tensor, "_ V"], int]:
+        """Ids merged into others, which carry no mass on either side, and how many are left."""
+        merged_away = self._student[:1] == -math.inf
+        return merged_away, merged_away.shape[-1] - int(merged_away.sum())
 
     def _view_log_probs(self, view: str) -> Float[Tensor, "n V"]:
         if view not in self._whole:

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from opd.rollout.local import has_stop_string
 from opd.rollout.pack import merge_rollouts, rollout_to
-from opd.types import Prompt, Provenance, Rollout, SamplerSettings
+from opd.types import PASS_MARK, Prompt, Provenance, Rollout, SamplerSettings
 
 Write = Callable[[Sequence[Prompt], SamplerSettings], list[Rollout]]
 """Samples responses to prompts, in one or several rollouts that together keep their order."""
@@ -149,7 +149,7 @@ def to_rewrite(
     Returns:
         Rows with a verdict below one half, and the tokens kept of each.
     """
-    wrong = [row for row in among if float(rollout.verdict[row]) < 0.5]
+    wrong = [row for row in among if float(rollout.verdict[row]) < PASS_MARK]
     lengths = rollout.lengths.tolist()
     return wrong, [lengths[row] - math.ceil(share * lengths[row] - 1e-9) for row in wrong]
 

@@ -217,6 +217,7 @@ def _needs(plan: Plan) -> dict[str, tuple[str, ...]]:
             "full": "on the whole vocabulary",
             "sampled": "of the sampled token",
             "own_top": "",
+            "": "",
         }.get(need.support, f"on {need.support}")
         most = f", {need.k} entries" if need.k else ""
         found.setdefault(need.view, []).append(f"{need.field} {where}".strip() + most)

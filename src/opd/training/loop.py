@@ -59,6 +59,8 @@ from opd.types import (
     with_parts,
 )
 
+CRITIC_SEED = 3_000_017
+"""Added to the run's seed: the critic draws from a stream of its own."""
 INTERRUPTED = "interrupted"
 LEFT = "the caller asked for no further step"
 
@@ -173,7 +175,7 @@ class _Trainer:
         self.averages: Mapping[str, AverageTeacher] = {}
         self.anchor: Anchor | None = None
         self.critic: Critic | None = None
-        self.critic_generator = torch.Generator().manual_seed(session.config.seed + 2_000_003)
+        self.critic_generator = torch.Generator().manual_seed(session.config.seed + CRITIC_SEED)
         self._restored: Checkpoint | None = None
         self._started = time.perf_counter()
 

@@ -16,8 +16,8 @@ class Pass:
     """One visit of a model in a step.
 
     Attributes:
-        name: `sample`, `replay`, `rewrite`, `observe`, `score`, `signal` or `update`.
-        model: `student`, `teacher`, `buffer` or a view's name.
+        name: `sample`, `replay`, `rewrite`, `observe`, `score`, `signal`, `update` or `critic`.
+        model: `student`, `teacher`, `buffer`, `critic` or a view's name.
         kind: `generate`, `forward per token`, `forward`, `forward + backward` or `no forward`.
         per_rollout: visits per rollout batch.
         why: what it is for.
@@ -41,6 +41,8 @@ class Plan:
         mismatch: why not, if not.
         observe: fields to observe before the first update: `old_logp`, `student_top_ids`.
         signal: whether coupled quantities are settled before each update.
+        needs: what every view must return, that of combinations handed on to their parts.
+        passes: the visits, in their order.
         views: what the objective reads and what that is combined from, parts first.
     """
 

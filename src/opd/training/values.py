@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from opd.critic import Critic, CriticSettings, critic_targets, explained_variance
+from opd import critic as critics
+from opd.critic import CriticSettings, critic_targets, explained_variance
+from opd.head.linear import HIDDEN
 from opd.models import unembedding
 from opd.objective import Objective
 from opd.rollout.pack import select, with_token
@@ -18,6 +20,7 @@ from opd.training.step import visit
 from opd.types import (
     Batch,
     Bound,
+    Critic,
     FieldKey,
     Provenance,
     Stat,
@@ -25,8 +28,6 @@ from opd.types import (
     pack_rows,
     unpack_rows,
 )
-
-HIDDEN = FieldKey("student_hidden")
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class Valued:
     lesson: Lesson
 
 
-def make_critic(config: CriticConfig, student: Student, generator: torch.Generator) -> Critic:
+def make_critic(
+    config: CriticConfig, student: Student, generator: torch.Generator
+) -> critics.Critic:
     """A fresh critic for the student's hidden states, on its device."""
     weight = unembedding(student.model, student.vocab_size).weight
     settings = CriticSettings(**{**asdict(config), "clip_nats": config.clip_nats or None})
-    return Critic(weight.shape[1], settings, generator=generator, device=weight.device)
+    return critics.Critic(weight.shape[1], settings, generator=generator, device=weight.device)
 
 
 def value_states(
@@ -78,12 +81,12 @@ def value_states(
     targets = critic_targets(unpack_rows(fields[cost], mask), bootstrap, mask, gamma=gamma)
     lesson = Lesson(fields[HIDDEN], pack_rows(targets, mask), pack_rows(_place(mask), mask))
     valued = with_token(batch, values=values, bootstrap_value=bootstrap)
-    return Valued(valued, {key: fields[key] for key in keys - {HIDDEN}}, lesson)
+    return Valued(valued, {key: fields[key] for key in objective.signal_keys()}, lesson)
 
 
 def learn(critic: Critic, lesson: Lesson, generator: torch.Generator) -> dict[str, Stat]:
     """Teach the critic, and say how well it knew the step's states before."""
-    stats = critic.fit(lesson.hidden, lesson.targets, lesson.place, generator)
+    stats = dict(critic.fit(lesson.hidden, lesson.targets, lesson.place, generator))
     if stats and stats["critic/target"].count > 1:
         share = explained_variance(stats)
         if share == share:  # targets that do not vary have no variance to explain
