@@ -77,7 +77,7 @@ def test_coupling_follows_from_reading_the_mask() -> None:
 
 
 def test_a_slot_that_sees_one_row_refuses_a_formula_that_reads_others() -> None:
-    with pytest.raises(ValueError, match="a divergence sees one row at a time"):
+    with pytest.raises(ValueError, match="divergence sees one row at a time"):
         Dense(divergence=reads_the_whole_response)
 
 

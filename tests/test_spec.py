@@ -193,14 +193,25 @@ def test_views_survive_the_run_file() -> None:
 
 def test_a_view_without_a_table_is_the_teacher_or_the_student_at_step_0() -> None:
     mix = {"name": "teacher.mix", "source": "combination"}
-    parts = {"teacher.big": 2, "reference": -1, "student": 0.5}
+    parts = {"teacher": 2, "reference": -1, "student": 0.5}
     term = {"kind": "dense", "divergence": "reverse_kl", "against": "teacher.mix"}
     made = method_from_tree("custom", objective={"terms": [term]}, views=[{**mix, "parts": parts}])
     assert {view.name: view.source for view in made.views} == {
         "teacher.mix": "combination",
-        "teacher.big": "teacher",
+        "teacher": "teacher",
         "reference": "initial_student",
     }
+
+
+@pytest.mark.parametrize(
+    ("against", "parts"),
+    [("teacher.mxi", {"teacher": 1}), ("teacher.mix", {"teacher": 1.25, "refrence": -0.25})],
+)
+def test_a_view_that_nobody_declared_is_refused(against: str, parts: dict[str, float]) -> None:
+    mix = {"name": "teacher.mix", "source": "combination", "parts": parts}
+    term = {"kind": "dense", "divergence": "reverse_kl", "against": against}
+    with pytest.raises(ConfigError, match=r"'(teacher\.mxi|refrence)', which .* not declare"):
+        method_from_tree("custom", objective={"terms": [term]}, views=[mix])
 
 
 @pytest.mark.parametrize(

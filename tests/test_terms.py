@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from opd.errors import ConfigError
 from opd.formula import (
     credit,
     divergence,
@@ -27,7 +28,7 @@ from opd.objective import Dense, Objective, Regulariser, Routed, Sampled
 from opd.schedule import Linear
 from opd.terms import Term
 from opd.types import Bound, FieldKey, TeacherScores
-from tests.builders import Case, evaluate, evaluate_in_parts, fields_of
+from tests.builders import DATA, STUDENT, Case, evaluate, evaluate_in_parts, fields_of
 
 LOG_RATIO = Sampled(reward=reward.teacher_log_ratio)
 REVERSE_KL = Dense(divergence=divergence.reverse_kl)
@@ -101,7 +102,8 @@ def route_by_hand(case: Case, n: int) -> tuple[float, float, float]:
 def test_a_route_joins_or_replaces_the_suppression_where_its_gates_are_open(
     mode: str, zeta: float
 ) -> None:
-    objective = Objective(replace(ROUTE, mode=mode, interpolation=0.25, coef=0.7))
+    share = {"interpolation": zeta} if mode == "interpolate" else {}
+    objective = Objective(replace(ROUTE, mode=mode, coef=0.7, **share))
     found = rows_of(objective)["routed"]
     opened = 0.0
     for n, value in enumerate(found.tolist()):
@@ -324,13 +326,38 @@ def top_k(**changes: Any) -> Dense:
         (lambda: replace(REVERSE_KL, name="a.b"), "without '.' and '/'"),
         (lambda: replace(ROUTE, mode="swap"), "mode must be one of add, replace, interpolate"),
         (lambda: replace(ROUTE, interpolation=2.0), r"interpolation must lie in \[0, 1\]"),
+        (lambda: replace(ROUTE, interpolation=0.9), "does nothing with mode='replace'"),
+        (lambda: replace(ROUTE, tail="teacher_renormalise"), "a route compares both sides"),
+        (lambda: replace(ROUTE, share=routing.raised), "share: raised does not go there"),
+        (
+            lambda: Sampled(
+                reward=reward.teacher_log_ratio,
+                credit=partial(credit.gae, gae_lambda=0.9),
+                baseline=credit.value,
+            ),
+            "gae has the value of the prefix subtracted already",
+        ),
+        (
+            lambda: Objective(
+                Sampled(reward=reward.verdict_reward, credit=partial(credit.gae, gae_lambda=0.9))
+            ),
+            "a critic learns what is left of the log-ratio",
+        ),
+        (
+            lambda: replace(LOG_RATIO, surrogate=surrogate.tail_residual),
+            "tail_residual is what a support of some entries leaves out",
+        ),
+        (
+            lambda: top_k(support=partial(support.teacher_top_k, k=Linear(0, 4, 3))),
+            "a support's k must be a whole number >= 1",
+        ),
         (
             lambda: replace(LOG_RATIO, outcome=(closed,)),
             "must take either 'reward', .* or 'credited'",
         ),
         (
             lambda: replace(REVERSE_KL, weights=(routing.has_candidates,)),
-            "asks for 'candidates', which is not known there",
+            "has_candidates does not go there; it is for gates",
         ),
         (
             lambda: Objective(
@@ -340,7 +367,7 @@ def top_k(**changes: Any) -> Dense:
         ),
         (
             lambda: replace(ROUTE, gates=(share_of_response,)),
-            "a gates sees one row at a time",
+            "gates sees one row at a time; put it into the weights",
         ),
     ],
 )
@@ -390,3 +417,88 @@ def test_importance_of_the_old_policy_is_one_where_nothing_was_updated() -> None
     ):
         found = evaluate(CASE, Objective(replace(LOG_RATIO, surrogate=made)), batch)
         assert torch.allclose(found.gradient, plain.gradient, rtol=0, atol=1e-15)
+
+
+# --------------------------------------------------------------------------------------------
+# Rows that nobody looks at
+
+
+def teacher_knows(teacher_logp: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    return (teacher_logp > -math.inf).double()
+
+
+def impossible(seed: int, **changes: Any) -> tuple[Case, Any]:
+    """A case in which the teacher gives the first open token of some rows no mass."""
+    case = Case.random(seed, **changes)
+    log_probs = case.rows(case.teacher_logits["teacher"]).log_softmax(-1)
+    tokens = case.rows(case.tokens)
+    log_probs[::3] = log_probs[::3].scatter(1, tokens[::3, None], -math.inf).log_softmax(-1)
+    return case, case.batch(views={"teacher": TeacherScores(log_probs=log_probs)})
+
+
+WITH_A_GATE: list[Term] = [
+    replace(LOG_RATIO, weights=(teacher_knows,)),
+    replace(LOG_RATIO, weights=(teacher_knows,), preserve_mass=True),
+    replace(ROUTE, source=replace(LOG_RATIO, weights=(teacher_knows,)), gates=(teacher_knows,)),
+    replace(REVERSE_KL, weights=(teacher_knows,), support=support.sampled, tail="bucket"),
+]
+
+
+@pytest.mark.parametrize("term", WITH_A_GATE)
+def test_a_closed_gate_keeps_an_infinite_row_out_of_value_and_gradient(term: Term) -> None:
+    case, batch = impossible(4)
+    out = evaluate(case, Objective(term), batch)
+    assert out.gradient.isfinite().all()
+    assert math.isfinite(out.loss)
+    assert out.loss != 0
+
+
+def test_an_infinite_row_of_another_writer_is_not_looked_at() -> None:
+    case = Case.random(4, writers=(STUDENT, DATA), gaps=False)
+    other = case.rows(case.provenance) != STUDENT
+    log_probs = case.rows(case.teacher_logits["teacher"]).log_softmax(-1)
+    tokens = case.rows(case.tokens)[:, None]
+    log_probs[other] = log_probs[other].scatter(1, tokens[other], -math.inf).log_softmax(-1)
+    assert other.any()
+    batch = case.batch(views={"teacher": TeacherScores(log_probs=log_probs)})
+    for baseline in (None, credit.batch_mean):
+        term = replace(LOG_RATIO, rows="student", baseline=baseline)
+        out = evaluate(case, Objective(term), batch)
+        assert math.isfinite(out.loss)
+        assert out.gradient.isfinite().all()
+
+
+def test_statistics_of_a_term_are_those_of_the_sequences_it_looks_at() -> None:
+    case = Case.random(6, writers=(STUDENT, DATA))
+    own = [b for b in range(case.tokens.shape[0]) if b % 2 == 0]
+    alone = Case(
+        case.tokens[own],
+        case.mask[own],
+        case.provenance[own],
+        case.student_logits[own],
+        {"teacher": case.teacher_logits["teacher"][own]},
+    )
+    term = replace(LOG_RATIO, rows="student", baseline=credit.batch_mean)
+    together, apart = rows_of(Objective(term), case)["sampled"], rows_of(Objective(term), alone)
+    student = case.rows(case.provenance) == STUDENT
+    assert torch.allclose(together[student], apart["sampled"], rtol=0, atol=1e-13)
+
+
+def test_a_smoothed_log_ratio_needs_no_whole_distribution() -> None:
+    case = Case.random(2)
+    logp = case.rows(case.teacher_logits["teacher"].log_softmax(-1))
+    chosen = logp.gather(1, case.rows(case.tokens)[:, None])[:, 0]
+    told = case.batch(views={"teacher": TeacherScores(sampled_logp=chosen)})
+    for walk in (credit.immediate, credit.return_to_go):
+        objective = Objective(replace(LOG_RATIO, credit=walk, smoothing=0.2))
+        little, all_of_it = evaluate(case, objective, told), evaluate(case, objective)
+        assert little.loss == pytest.approx(all_of_it.loss, abs=1e-12)
+        assert torch.allclose(little.gradient, all_of_it.gradient, rtol=0, atol=1e-13)
+    floor = math.log(0.2 / 7)
+    assert little.head.stats["changed/sampled/smoothing"].total == int((chosen < floor).sum())
+
+
+def test_a_weight_is_no_gate() -> None:
+    halves = partial(weight.position_decay, half_life=2.0)
+    with pytest.raises(ConfigError, match="so it is no gate; put it into the weights"):
+        evaluate(CASE, Objective(replace(ROUTE, gates=(halves,))))

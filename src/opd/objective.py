@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opd.fields import FIELDS, is_coupled, positional_names
+from opd.formula import reward as rewards
 from opd.schedule import Schedule
 from opd.terms import (
     REDUCTIONS,
@@ -99,6 +100,9 @@ class Objective:
     def __init__(self, *terms: Term, temperature: float = 1.0) -> None:
         if not terms:
             raise ValueError("an objective needs at least one term")
+        for term in terms:
+            if not isinstance(term, tuple(TERMS.values())):
+                raise TypeError(f"an objective is Objective(term, term, ...), got {term!r}")
         if not is_number(temperature) or temperature <= 0:
             raise ValueError(f"the objective's temperature must be > 0, got {temperature}")
         object.__setattr__(self, "terms", tuple(terms))
@@ -108,6 +112,7 @@ class Objective:
         if twice:
             raise ValueError(f"two terms are called {sorted(twice)[0]!r}; give each its own name")
         self._check_references()
+        _ = self.critic_term  # raises where a critic cannot serve
 
     def labelled(self) -> Iterator[tuple[str, Term]]:
         """Terms with the labels that metrics and coupled quantities use."""
@@ -145,17 +150,35 @@ class Objective:
         return frozenset(name for _, term in self.parts() for name, _ in _asked(term))
 
     @property
+    def is_off(self) -> bool:
+        """Whether every coefficient is 0, as a schedule may begin: nothing is learned."""
+        return all(term.coef == 0 for _, term in self.parts())
+
+    @property
     def critic_term(self) -> Sampled | None:
         """The sampled term that reads the values of a learned critic; None: none does.
 
         Raises:
-            ValueError: several do, against different views: one critic knows one of them.
+            ValueError: several do, against different views: one critic knows one of them; or one
+                does with another reward than the critic learns.
         """
         found = [
             term
             for _, term in self.sampled()
             if any(_provider(name) == "critic" for name, _ in _asked(term))
         ]
+        for term in found:
+            paid = Bound.of(term.reward).function
+            known = (rewards.teacher_log_ratio, rewards.expected_log_ratio)
+            outcomes = [Bound.of(slot) for slot in term.outcome]
+            before = [slot for slot in outcomes if "reward" in positional_names(slot.function)]
+            if paid not in known or before:
+                raise ValueError(
+                    "a critic learns what is left of the log-ratio, so a term that reads its "
+                    "values takes reward teacher_log_ratio (or expected_log_ratio) and no outcome "
+                    f"before credit; got {Bound.of(term.reward).short_name}"
+                    + "".join(f" with {slot.short_name}" for slot in before)
+                )
         views = sorted({term.against for term in found})
         if len(views) > 1:
             raise ValueError(
@@ -393,13 +416,15 @@ def _per_token(column: Tensor, token: TokenBatch) -> Tensor:
 
 def chosen_rows(token: TokenBatch, rows: str) -> Tensor:
     """`[B, T]`: True where the mask is open and the token was chosen by one of `rows`."""
-    kinds = ROW_KINDS[rows]
-    if rows == "all":
-        return token.mask
-    chosen = torch.zeros_like(token.mask)
-    for kind in kinds:
-        chosen = chosen | (token.provenance == int(kind))
-    return chosen & token.mask
+    return token.mask if rows == "all" else of_kind(token.provenance, rows) & token.mask
+
+
+def of_kind(provenance: Tensor, rows: str) -> Tensor:
+    """True where the token was chosen by one of `rows`."""
+    chosen = torch.zeros_like(provenance, dtype=torch.bool)
+    for kind in ROW_KINDS[rows]:
+        chosen = chosen | (provenance == int(kind))
+    return chosen
 
 
 def _is_default(item: Field[Any], value: Any) -> bool:
@@ -427,6 +452,15 @@ class _UpdatePhase:
 
     def settled(self, name: str) -> Tensor:
         return self.field(FieldKey(SETTLED + name))
+
+    def chosen(self, label: str, rows: str) -> Tensor:
+        provenance = self.field(FieldKey("provenance"))
+        if rows == "all":
+            return torch.ones_like(provenance, dtype=torch.bool)
+        return of_kind(provenance, rows)
+
+    def mask(self, rows: str) -> Tensor:
+        raise KeyError("mask")  # who reads it is settled in the signal phase
 
     def note(self, name: str, value: Tensor) -> None:
         self._notes[name] = value.detach()
@@ -467,6 +501,13 @@ class _SignalPhase:
     def settled(self, name: str) -> Tensor:
         return self.results[name]
 
+    def chosen(self, label: str, rows: str) -> Tensor:
+        return chosen_rows(self._token, rows)
+
+    def mask(self, rows: str) -> Tensor:
+        sequences = chosen_rows(self._token, rows).any(1, keepdim=True)
+        return self._token.mask & sequences
+
     def note(self, name: str, value: Tensor) -> None:
         self.results[name] = value
 
@@ -481,7 +522,7 @@ class _SignalPhase:
 
             w' = w * sum(m) / sum(w * m),  m = |advantage| of a sampled term, 1 of another
 
-        All zero where the weights leave nothing.
+        All zero where the weights leave nothing. An infinite advantage is in neither sum.
         """
         chosen = chosen_rows(self._token, term.rows)
         weight = chosen.double()
@@ -489,9 +530,11 @@ class _SignalPhase:
             weight = torch.where(chosen, weight * weight_factor(term, label, bound, self), 0.0)
         mass = torch.ones_like(weight)
         if isinstance(term, Sampled):
-            mass = torch.where(chosen, self.advantage(label).abs(), 0.0)
+            size = self.advantage(label).abs()
+            mass = torch.where(size.isfinite(), size, 0.0)
         before, after = (mass * chosen).sum(), (mass * weight).sum()
-        return weight * torch.where(after > 0, before / after, 0.0)
+        scale = torch.where(after > 0, before / after, 0.0)
+        return torch.where(weight == 0, 0.0, weight * scale)
 
 
 # --------------------------------------------------------------------------------------------

@@ -74,6 +74,8 @@ class Cosine:
 class Switch:
     """`before` until a measured average passes a threshold, `after` from the next step on.
 
+    Watches the latest value that was measured.
+
     Attributes:
         before, after: the two values.
         statistic: name of a metric of the training step, such as `student/entropy`.
@@ -111,6 +113,8 @@ class Switch:
         return (self.after if thrown else self.before), thrown
 
     def _passed(self, stats: Mapping[str, Any]) -> bool:
+        if self.statistic not in stats and _comes_and_goes(self.statistic):
+            return False
         if self.statistic not in stats:
             raise ConfigError(
                 f"a switch watches {self.statistic!r}, which the step did not measure. "
@@ -121,6 +125,11 @@ class Switch:
 
     def reachable(self) -> tuple[float, float]:
         return min(self.before, self.after), max(self.before, self.after)
+
+
+def _comes_and_goes(statistic: str) -> bool:
+    """Whether a metric may be missing of a step, though later steps measure it."""
+    return statistic.startswith("rollout/") or statistic in ("student/entropy", "teacher/log_ratio")
 
 
 def _check(start: float, end: float, steps: int) -> None:

@@ -289,13 +289,13 @@ def _view_tree(view: TeacherView) -> dict[str, Any]:
 def _implied_views(
     objective: Objective, states: StateSource, declared: Sequence[TeacherView]
 ) -> tuple[TeacherView, ...]:
-    """Views that need no table: `reference` is the student at step 0, any other the teacher."""
+    """Views that need no table: `teacher`, and `reference`, the student at step 0."""
     names = objective.views() | {name for view in declared for name, _ in view.parts}
     names |= {"teacher"} if states.teacher_writes else set()
     missing = names - {STUDENT_PART, *(view.name for view in declared)}
     return tuple(
         TeacherView(name, "initial_student" if name == "reference" else "teacher")
-        for name in sorted(missing)
+        for name in sorted(missing & {"teacher", "reference"})
     )
 
 

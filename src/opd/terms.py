@@ -61,6 +61,14 @@ class Evaluation(Protocol):
         """The advantage of a sampled term, detached."""
         ...
 
+    def chosen(self, label: str, rows: str) -> Tensor:
+        """Rows that the term looks at, True or False."""
+        ...
+
+    def mask(self, rows: str) -> Tensor:
+        """The mask of the sequences that hold such rows, for formulas that walk along them."""
+        ...
+
     def note(self, name: str, value: Tensor) -> None:
         """Keep a per-row number for the metrics; NaN on rows that it does not concern."""
         ...
@@ -108,7 +116,7 @@ class Dense:
     def row_loss(self, label: str, evaluation: Evaluation) -> Float[Tensor, " n"]:
         """One unreduced, weighted loss per row."""
         value = _call(self, self.divergence, evaluation, label)
-        return _weighted(self, label, value, evaluation)
+        return _scaled(self, label, value, _factor(self, label, evaluation))
 
     def slots(self) -> Iterator[tuple[str, Bound]]:
         """Every function of the term with the name of its place."""
@@ -145,7 +153,7 @@ class Regulariser:
     def row_loss(self, label: str, evaluation: Evaluation) -> Float[Tensor, " n"]:
         """One unreduced, weighted loss per row."""
         value = _call(self, self.penalty, evaluation, label)
-        return _weighted(self, label, value, evaluation)
+        return _scaled(self, label, value, _factor(self, label, evaluation))
 
     def slots(self) -> Iterator[tuple[str, Bound]]:
         """Every function of the term with the name of its place."""
@@ -194,6 +202,7 @@ class Sampled:
     def __post_init__(self) -> None:
         _check_term(self)
         _check_tail(self)
+        _check_sampled(self)
         for place, bound in _slots(self, "outcome"):
             takes = {"reward", "credited"} & set(positional_names(bound.function))
             if len(takes) != 1:
@@ -211,12 +220,20 @@ class Sampled:
         """Whether the advantage depends on more than its own row."""
         return any(is_coupled(bound.function) for _, bound in self.advantage_slots())
 
-    def row_loss(self, label: str, evaluation: Evaluation) -> Float[Tensor, " n"]:
-        """One unreduced, weighted loss per row."""
+    def row_loss(
+        self, label: str, evaluation: Evaluation, replaced: Tensor | None = None
+    ) -> Float[Tensor, " n"]:
+        """One unreduced, weighted loss per row; 0 where something else takes its place."""
         advantage = evaluation.advantage(label)
         evaluation.note(f"advantage/{label}", advantage)
-        value = _call(self, self.surrogate, evaluation, label, advantage=advantage)
-        return _weighted(self, label, value, evaluation)
+        factor = _factor(self, label, evaluation)
+        looked_at = evaluation.chosen(label, self.rows) & (factor != 0)
+        if replaced is not None:
+            looked_at = looked_at & ~replaced
+        # an infinite advantage that nobody looks at would be NaN on the way back
+        held = torch.where(looked_at, advantage, 0.0)
+        value = _call(self, self.surrogate, evaluation, label, advantage=held)
+        return _scaled(self, label, value, torch.where(looked_at, factor, 0.0))
 
     def advantage(self, label: str, evaluation: Evaluation) -> Tensor:
         """Reward, outcome, credit, outcome, minus the baseline; shaped as the fields, detached."""
@@ -297,15 +314,21 @@ class Routed:
             raise ValueError(f"the source of a route is a sampled term, got {self.source!r}")
         _check_term(self)
         _check_tail(self)
-        if self.tail == "truncate":
+        if self.tail in ("truncate", "teacher_renormalise"):
             raise ValueError(
-                "a route compares distributions on its support: use tail='renormalise' or 'bucket'"
+                f"a route compares both sides on its support, which tail={self.tail!r} does not: "
+                "use tail='renormalise' or 'bucket'"
             )
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         share = self.interpolation
         if not isinstance(share, Schedule) and not (is_number(share) and 0 <= share <= 1):
             raise ValueError(f"interpolation must lie in [0, 1], got {share!r}")
+        if self.mode != "interpolate" and share != type(self).interpolation:
+            raise ValueError(
+                f"interpolation = {share!r} does nothing with mode={self.mode!r}; use "
+                "mode='interpolate'"
+            )
 
     @property
     def against(self) -> str:
@@ -329,7 +352,6 @@ class Routed:
 
     def row_loss(self, label: str, evaluation: Evaluation) -> Float[Tensor, " n"]:
         """One unreduced loss per row: what is left of the source, and the route."""
-        source = self.source.row_loss(source_label(label), evaluation)
         given = {"advantage": evaluation.advantage(source_label(label))}
 
         def call(slot: Slot) -> Tensor:
@@ -342,22 +364,36 @@ class Routed:
             ("amount", self.amount),
         ):
             given[name] = call(slot)
-        gate = torch.ones_like(source.detach())
-        for _, bound in _slots(self, "gates"):
-            factor = weight_factor(self, label, bound, evaluation, **given)
-            evaluation.note(f"gate/{label}/{bound.short_name}", factor)
-            gate = gate * factor
-        evaluation.note(f"routed/{label}", gate)
-        suppressed = given["advantage"] < 0
-        leak = call(routings.leak)
-        evaluation.note(f"leak/{label}", torch.where(suppressed, leak, math.nan))
+        gate = self._gate(label, evaluation, given)
         zeta = MODES[self.mode]
         if zeta is None:
             zeta = _settled_number(self.interpolation, f"interpolation of {label!r}")
         replaced = gate * zeta
-        kept = torch.where(replaced == 0, source, (1 - replaced) * source)
-        route = _weighted(self, label, call(self.transfer), evaluation, **given)
-        return kept + torch.where(gate == 0, 0.0, gate * route)
+        source = self.source.row_loss(source_label(label), evaluation, replaced == 1)
+        factor = gate * _factor(self, label, evaluation, **given)
+        given["amount"] = torch.where(factor == 0, 0.0, given["amount"])
+        route = _scaled(self, label, call(self.transfer), factor)
+        return torch.where(replaced == 0, source, (1 - replaced) * source) + route
+
+    def _gate(
+        self, label: str, evaluation: Evaluation, given: Mapping[str, Tensor]
+    ) -> Float[Tensor, " n"]:
+        """1 where every gate is open and the term looks, 0 elsewhere; says how often."""
+        advantage = given["advantage"]
+        gate = torch.ones_like(advantage)
+        for _, bound in _slots(self, "gates"):
+            factor = weight_factor(self, label, bound, evaluation, **given)
+            if not bool(((factor == 0) | (factor == 1)).all()):
+                raise ConfigError(
+                    f"gates: {bound.name} returned something else than 0 and 1, so it is no gate; "
+                    "put it into the weights of the route"
+                )
+            evaluation.note(f"gate/{label}/{bound.short_name}", factor)
+            gate = gate * factor
+        evaluation.note(f"routed/{label}", gate)
+        leak = _call(self, routings.leak, evaluation, label, **given)
+        evaluation.note(f"leak/{label}", torch.where(advantage < 0, leak, math.nan))
+        return torch.where(evaluation.chosen(label, self.rows), gate, 0.0)
 
     def slots(self) -> Iterator[tuple[str, Bound]]:
         """Every function of the route with the name of its place; the source has its own."""
@@ -474,10 +510,15 @@ def weight_factor(
 def _call(term: Term, slot: Slot, evaluation: Evaluation, label: str, **given: Tensor) -> Tensor:
     """The formula's answer; whatever goes wrong inside it is told as the formula's fault."""
     bound = Bound.of(slot)
-    arguments = [
-        given[name] if name in given else evaluation.field(term_key(term, name, bound))
-        for name in positional_names(bound.function)
-    ]
+
+    def read(name: str) -> Tensor:
+        if name in given:
+            return given[name]
+        if name == "mask":
+            return evaluation.mask(term.rows)
+        return evaluation.field(term_key(term, name, bound))
+
+    arguments = [read(name) for name in positional_names(bound.function)]
     try:
         result = bound(*arguments)
     except Exception as error:  # a user's function may raise anything
@@ -504,38 +545,36 @@ def changed_name(label: str, bound: Bound) -> str:
     return f"changed/{label}/{bound.short_name}"
 
 
-def _weighted(
-    term: Term, label: str, value: Tensor, evaluation: Evaluation, **given: Tensor
-) -> Tensor:
-    """Multiply a row's loss with the term's weights and coefficient; closed gates stop NaNs."""
+def _scaled(term: Term, label: str, value: Tensor, factor: Tensor) -> Float[Tensor, " n"]:
+    """A row's loss times its factor and the coefficient; exactly 0 where the factor is."""
     coef = _settled_number(term.coef, f"coef of {label!r}")
     if coef == 0:
         return torch.zeros_like(value)
-    for name, factor in _factors(term, label, evaluation, **given):
-        if factor.dim() and factor.shape != value.shape:
-            raise ConfigError(
-                f"weights: {name} returned the shape {list(factor.shape)} for "
-                f"{list(value.shape)} tokens; return one number per token"
-            )
-        value = torch.where(factor == 0, 0.0, value * factor.to(value.dtype))
+    value = torch.where(factor == 0, 0.0, value * factor.to(value.dtype))
     return value * coef if coef != 1.0 else value
 
 
-def _factors(
-    term: Term, label: str, evaluation: Evaluation, **given: Tensor
-) -> Iterator[tuple[str, Tensor]]:
+def _factor(term: Term, label: str, evaluation: Evaluation, **given: Tensor) -> Float[Tensor, " n"]:
+    """The product of a term's weights, 1 where it has none."""
+    tokens = evaluation.field(FieldKey("tokens"))
     if term.preserve_mass and term.weights:
         factor = evaluation.settled(f"weight.{label}")
         evaluation.note(f"weight/{label}", factor)
-        yield "weights", factor
-        return
+        return factor
+    product = torch.ones(tokens.shape, device=tokens.device)
     for place, bound in weight_slots(term):
         if is_coupled(bound.function):
             factor = evaluation.settled(f"weight.{label}.{place}")
         else:
             factor = weight_factor(term, label, bound, evaluation, **given)
+        if factor.dim() and factor.shape != tokens.shape:
+            raise ConfigError(
+                f"weights: {bound.name} returned the shape {list(factor.shape)} for "
+                f"{list(tokens.shape)} tokens; return one number per token"
+            )
         evaluation.note(f"weight/{label}/{bound.short_name}", factor)
-        yield bound.name, factor
+        product = product * factor
+    return product
 
 
 def _settled_number(value: float | Schedule, what: str) -> float:
@@ -617,9 +656,10 @@ def _check_term(term: Term) -> None:
     if not is_number(term.smoothing) or not 0 <= term.smoothing < 1:
         raise ValueError(f"smoothing must lie in [0, 1), got {term.smoothing!r}")
     for knob, k in Bound.of(term.support).knobs:
-        if knob not in ("k", "teacher_k", "student_k") or isinstance(k, Schedule):
+        if knob not in ("k", "teacher_k", "student_k"):
             continue
-        if not (isinstance(k, int) and k >= 1):
+        good = k.reachable()[0] >= 1 if isinstance(k, Schedule) else isinstance(k, int) and k >= 1
+        if not good:
             raise ValueError(f"a support's {knob} must be a whole number >= 1, got {k!r}")
 
 
@@ -628,6 +668,12 @@ def _check_slot(term: Term, place: str, bound: Bound) -> None:
     allowed = _OF_THE_TERM.get(slot, frozenset())
     if slot == "weights" and isinstance(term, Routed):
         allowed = frozenset(_ROUTE)
+    for module in (credits, routings):
+        fits = [where for where, names in module.PLACES.items() if bound.short_name in names]
+        if bound.name.rpartition(".")[0] == module.__name__ and slot not in fits:
+            raise ValueError(
+                f"{place}: {bound.short_name} does not go there; it is for {' or '.join(fits)}"
+            )
     coupled = is_coupled(bound.function)
     for name in positional_names(bound.function):
         entry = FIELDS.get(name)
@@ -638,8 +684,9 @@ def _check_slot(term: Term, place: str, bound: Bound) -> None:
             raise ValueError(f"{place}: {bound.name} asks for {name!r}, which is not known there")
         if entry.coupled and slot in _ROW_BY_ROW:
             raise ValueError(
-                f"{place}: {bound.name} asks for {name!r} and so reads other rows; a {slot} sees "
-                "one row at a time"
+                f"{place}: {bound.name} asks for {name!r} and so reads other rows; "
+                f"{slot} sees one row at a time"
+                + ("; put it into the weights" if slot == "gates" else "")
             )
 
 
@@ -651,6 +698,20 @@ def _check_tail(term: Term) -> None:
         raise ValueError(
             f"a support of some entries must say what becomes of the rest: tail is one of "
             f"{', '.join(supports.TAILS)}, got {term.tail!r}"
+        )
+
+
+def _check_sampled(term: Sampled) -> None:
+    credit, surrogate = Bound.of(term.credit), Bound.of(term.surrogate)
+    if credit.function is credits.gae and term.baseline is not None:
+        raise ValueError(
+            "gae has the value of the prefix subtracted already; leave the baseline out"
+        )
+    whole = Bound.of(term.support).function is supports.full
+    if surrogate.function is surrogates.tail_residual and whole:
+        raise ValueError(
+            "tail_residual is what a support of some entries leaves out; give the term the support "
+            "and tail='bucket' of the dense term beside it"
         )
 
 

@@ -397,8 +397,8 @@ def test_the_published_route_is_biased_and_still_points_downhill(mode: str) -> N
 def test_interpolation_lies_between_adding_and_replacing() -> None:
     world = FOUR_WITH_AN_END
     add, replaced, between = (
-        descends(world, published(mode=mode, interpolation=0.3))
-        for mode in ("add", "replace", "interpolate")
+        descends(world, published(mode=mode, interpolation=share))
+        for mode, share in (("add", 0.5), ("replace", 0.5), ("interpolate", 0.3))
     )
     assert close(between, 0.7 * add + 0.3 * replaced)
     assert not close(add, replaced, bound=1e-2)
@@ -441,7 +441,7 @@ def of_pairs(term: Term, verify: Callable[..., float] | None = None) -> Tensor:
 def test_a_group_advantage_is_the_verdicts_gradient_less_the_share_of_its_own() -> None:
     # The mean over a group of two holds the response's own verdict with weight 1/2, so half of
     # the gradient is left.
-    centred = Sampled(partial(reward.group_advantage, divide_by_std=False))
+    centred = Sampled(reward.group_deviation)
     verify = count_letter(PAIRS, 0)
     assert close(of_pairs(centred, verify), 0.5 * verdict_gradient(PAIRS, 0))
     assert not of_pairs(centred, lambda response: 0.7).any()

@@ -382,8 +382,10 @@ def test_a_self_without_context_is_warned_about(
 
 def test_a_self_teacher_needs_no_teacher_and_a_part_may_need_one(tmp_path: Path) -> None:
     assert not [f for f in check(self_run(tmp_path, SELVES["live"])) if f.level == "error"]
-    parts = {"parts": {"teacher.big": 1.0, "student": 0.5}, "context": ""}
-    run = self_run(tmp_path, {"source": "combination", **parts})
+    parts = {"parts": {"teacher": 1.0, "student": 0.5}, "name": "teacher.mix", "context": ""}
+    term = {"kind": "dense", "divergence": "reverse_kl", "against": "teacher.mix"}
+    objective = {"method": {"objective": {"terms": [term]}}}
+    run = self_run(tmp_path, {"source": "combination", **parts}, objective)
     assert any(f.where == "teacher.model" and f.level == "error" for f in check(run))
     with pytest.raises(ConfigError, match="needs a teacher"):
         open_session(run)

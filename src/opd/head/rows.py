@@ -178,12 +178,23 @@ class ChunkFields:
         return smooth if smooth.dim() == 1 else smooth.masked_fill(merged_away, -math.inf)
 
     def share_at_floor(self, view: str, smoothing: float) -> Float[Tensor, " n"]:
-        """Share of the vocabulary to which smoothing gives more than the view does."""
+        """Share of the vocabulary to which smoothing gives more than the view does.
+
+        Of a view that says no more than the log-probability of the chosen token: 1 or 0 of that.
+        """
+        known = self._scores(view).sampled_logp
+        if known is not None and not self._says_more(view):
+            floor = math.log(smoothing / self._student.shape[-1])
+            return (known < floor).to(self._student.dtype)
         merged_away, size = self._merged_away()
         low = supports.floor_outweighs(
             self._view_log_probs(view), smoothing=smoothing, vocab_size=size
         )
         return (low & ~merged_away).sum(-1).to(self._student.dtype) / size
+
+    def _says_more(self, view: str) -> bool:
+        scores = self._scores(view)
+        return bool(scores.parts) or scores.hidden is not None or scores.log_probs is not None
 
     def _merged_away(self) -> tuple[Bool[Tensor, "_ V"], int]:
         """Ids merged into others, which carry no mass on either side, and how many are left."""

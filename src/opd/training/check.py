@@ -197,7 +197,8 @@ class _Checker:
 
     def supports(self, method: Method, student: ModelFacts) -> None:
         vocabulary = student.hollow.vocab_size
-        largest = max((need.k for need in method.objective.needs), default=0)
+        names = ("student_top_ids", "teacher_top_ids")
+        largest = max(method.objective.support_size(name) for name in names)
         if largest > vocabulary:
             self.error(
                 "method",
@@ -399,7 +400,24 @@ class _Checker:
                     "method.objective",
                     f"{label}: accept_collapse is set; expect the student to leave the support",
                 )
-        train = self.run.config.train
+        config = self.run.config
+        train, critic = config.train, config.critic
+        learns = phase.method.objective.critic_term is not None
+        if learns and critic.warmup_steps >= phase.steps > 0:
+            self.error(
+                "critic.warmup_steps",
+                f"{critic.warmup_steps} is no less than the {phase.steps} steps: only the critic "
+                "would learn; lower it",
+            )
+        groups = "group" in phase.method.objective.field_names()
+        if groups and config.sampler.samples_per_prompt == 1:
+            self.note(
+                "sampler.samples_per_prompt",
+                "1: a formula compares the samples of a prompt, of which there is one, so it says "
+                "0 everywhere; set 4 or more",
+            )
+        if phase.method.objective.is_off:
+            self.note("method.objective", "every coefficient is 0: nothing is learned")
         if phase.name == "train" and train.anchor * train.learning_rate > 1:
             self.error(
                 "train.anchor",

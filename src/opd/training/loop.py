@@ -371,7 +371,8 @@ class _Trainer:
                 "derivative that is not (a square root at 0): mend it, or lower "
                 "train.learning_rate"
             )
-        total = phase.steps * phase.updates_per_rollout
+        without = self.session.config.critic.warmup_steps if self.critic is not None else 0
+        total = (phase.steps - without) * phase.updates_per_rollout
         rate = learning_rate(phase.optimizer, self.progress.updates, total)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()

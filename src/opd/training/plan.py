@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from opd.errors import ConfigError
-from opd.objective import Method
+from opd.fields import positional_names
+from opd.objective import Method, Objective
 from opd.schedule import Schedule
 from opd.types import STUDENT_PART, Need, SamplerSettings, StateSource, TeacherView, with_parts
 
@@ -70,6 +71,7 @@ def make_plan(
     """
     objective, states = method.objective, method.states
     _check_limit(states, sampler)
+    _check_ratio(objective, merge_ids)
     top_k = objective.support_size("student_top_ids")
     sampler = replace(
         sampler,
@@ -117,6 +119,21 @@ def make_plan(
         tuple(passes),
         views,
     )
+
+
+def _check_ratio(objective: Objective, merge_ids: tuple[tuple[int, ...], ...]) -> None:
+    readers = sorted(
+        bound.short_name
+        for _, term in objective.parts()
+        for _, bound in term.slots()
+        if "sampler_logp" in positional_names(bound.function)
+    )
+    if readers and merge_ids:
+        raise ConfigError(
+            f"{readers[0]} compares with the sampler's log-probability of one end token, but the "
+            "end tokens are merged into one; set method.merge_stop_ids = false, or use importance, "
+            "which reads old_logp"
+        )
 
 
 def is_scored(view: TeacherView) -> bool:
@@ -217,7 +234,7 @@ def _writing(states: StateSource) -> Iterator[Pass]:
     if share:
         first = " (more until the buffer is full)" if states.replay else ""
         yield Pass(
-            "sample", "student", "generate", share, f"{share:.0%} of the sequences{first}{limit}"
+            "sample", "student", "generate", share, f"{share:.0%} of the prompts{first}{limit}"
         )
     if states.reach("teacher_prefix"):
         why = f"the student's sequences up to token {_in_words(states.teacher_prefix)}"
@@ -231,14 +248,14 @@ def _writing(states: StateSource) -> Iterator[Pass]:
         why = f"replaces the student's tokens outside its {states.interleave} likeliest"
         yield Pass("sample", "teacher", "forward per token", share, why)
     if states.teacher:
-        why = f"{states.teacher:.0%} of the sequences{limit}"
+        why = f"{states.teacher:.0%} of the prompts{limit}"
         yield Pass("sample", "teacher", "generate", states.teacher, why)
     if states.reach("rewrite"):
         last = _in_words(states.rewrite, percent=True)
         why = f"the last {last} of the student's responses judged wrong"
         yield Pass("rewrite", "teacher", "generate", share, why)
     if states.replay:
-        why = f"{states.replay:.0%} of the sequences, from the last {states.replay_steps} steps"
+        why = f"{states.replay:.0%} of the prompts, from the last {states.replay_steps} steps"
         yield Pass("replay", "buffer", "no forward", states.replay, why)
 
 

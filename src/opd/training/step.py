@@ -106,10 +106,12 @@ def extra_columns(prompts: Sequence[Prompt], objective: Objective) -> dict[str, 
 
 def _number(prompt: Prompt, column: str) -> float:
     value = prompt.columns.get(column)
+    if value is None and column in prompt.columns:
+        return math.nan  # JSON has no other word for a number that is not known
     if isinstance(value, int | float):
         return float(value)
     raise DataError(
-        f"{prompt.id}: a formula asks for {EXTRA_PREFIX}{column}, so the column {column!r} must "
+        f"{prompt.id.rstrip(':')}: a formula asks for {EXTRA_PREFIX}{column}, so the column {column!r} must "
         f"hold a number in every record, got {value!r}; there are: "
         f"{', '.join(prompt.columns) or 'none'}"
     )
@@ -261,8 +263,9 @@ def signal(
     values = {key: known[key] for key in keys & known.keys()}
     for key in keys - values.keys():
         view = batch.token.views.get(key.view)
-        if key.name == "teacher_logp" and view is not None and view.sampled_logp is not None:
-            values[key] = view.sampled_logp
+        told = view.sampled_logp if view is not None and not key.smoothing else None
+        if key.name == "teacher_logp" and told is not None:
+            values[key] = told
         elif key.name == "student_logp" and fresh and plan.same_policy:
             values[key] = pack_rows(batch.token.sampler_logp, batch.token.mask)
     missing = frozenset(keys - values.keys())
@@ -285,6 +288,9 @@ def update(
             assert out.loss is not None
             if not torch.isfinite(out.loss):
                 raise TrainingError(_blame(out.rows, part, objective, step))
+            if objective.is_off:
+                stats.append(out.stats)
+                continue
             if not out.loss.requires_grad:
                 raise TrainingError(
                     f"step {step}: no term of the objective depends on the student's weights, so "

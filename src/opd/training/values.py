@@ -12,7 +12,7 @@ from opd import critic as critics
 from opd.critic import CriticSettings, critic_targets, explained_variance
 from opd.head.linear import HIDDEN
 from opd.models import unembedding
-from opd.objective import Objective
+from opd.objective import Objective, chosen_rows
 from opd.rollout.pack import select, with_token
 from opd.student import Student
 from opd.training.config import CriticConfig
@@ -69,7 +69,7 @@ def value_states(
     """The critic's values of every state, from one visit that serves the signal phase too."""
     term = objective.critic_term
     assert term is not None
-    cost = FieldKey("reverse_kl", term.against)
+    cost = FieldKey("reverse_kl", term.against, smoothing=term.smoothing)
     keys = objective.signal_keys() | {HIDDEN, cost}
     fields = visit(student, batch, keys, objective.temperature, max_tokens)
     mask = batch.token.mask
@@ -79,7 +79,9 @@ def value_states(
     values = unpack_rows(critic.values(fields[HIDDEN]), mask)
     gamma = float(dict(Bound.of(term.credit).knobs).get("gamma", 1.0))
     targets = critic_targets(unpack_rows(fields[cost], mask), bootstrap, mask, gamma=gamma)
-    lesson = Lesson(fields[HIDDEN], pack_rows(targets, mask), pack_rows(_place(mask), mask))
+    own = chosen_rows(batch.token, term.rows)
+    taught = pack_rows(own, mask)
+    lesson = Lesson(fields[HIDDEN][taught], targets[own], _place(mask)[own])
     valued = with_token(batch, values=values, bootstrap_value=bootstrap)
     return Valued(valued, {key: fields[key] for key in objective.signal_keys()}, lesson)
 
