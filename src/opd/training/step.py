@@ -111,8 +111,8 @@ def _number(prompt: Prompt, column: str) -> float:
     if isinstance(value, int | float):
         return float(value)
     raise DataError(
-        f"{prompt.id.rstrip(':')}: a formula asks for {EXTRA_PREFIX}{column}, so the column {column!r} must "
-        f"hold a number in every record, got {value!r}; there are: "
+        f"{prompt.id.rstrip(':')}: a formula asks for {EXTRA_PREFIX}{column}, so the column "
+        f"{column!r} must hold a number in every record, got {value!r}; there are: "
         f"{', '.join(prompt.columns) or 'none'}"
     )
 
