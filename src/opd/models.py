@@ -459,18 +459,18 @@ def check_same_vocabulary(
     """
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     if ours != theirs:
-        raise ConfigError(_first_difference(student, teacher))
+        raise ConfigError(_first_difference(student, teacher, ours, theirs))
     _check_special_tokens(student, teacher, merge_stop_ids)
     return min(student.vocab_size, teacher.vocab_size)
 
 
-def _first_difference(student: LoadedModel, teacher: LoadedModel) -> str:
-    ours = {i: token for token, i in student.tokenizer.get_vocab().items()}
-    theirs = {i: token for token, i in teacher.tokenizer.get_vocab().items()}
-    first = min(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+def _first_difference(
+    student: LoadedModel, teacher: LoadedModel, ours: Mapping[str, int], theirs: Mapping[str, int]
+) -> str:
+    first = min(i for _, i in ours.items() ^ theirs.items())
 
-    def shown(tokens: dict[int, str]) -> str:
-        return repr(tokens[first]) if first in tokens else "no token"
+    def shown(ids: Mapping[str, int]) -> str:
+        return next((repr(token) for token, i in ids.items() if i == first), "no token")
 
     return (
         f"student {student.reference} and teacher {teacher.reference} do not share a vocabulary: "
