@@ -37,6 +37,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "support.intersection": {"teacher_k": 4, "student_k": 3},
     "support.routing_support": {"teacher_k": 2, "student_k": 3},
     "support.restrict_by_tail": {"tail": "bucket", "side": "student"},
+    "support.entries_by_tail": {"tail": "bucket", "side": "student"},
     "support.smooth": {"smoothing": 0.1, "vocab_size": 7},
     "support.floor_outweighs": {"smoothing": 0.1, "vocab_size": 7},
     "credit.discounted": {"gamma": 0.9, "meaning": "task"},
@@ -225,6 +226,8 @@ class Formula:
         values = torch.randn(shape, generator=draw, dtype=dtype)
         if name.endswith(("log_probs", "log_weights")) and axes[-1] in ("K", "V", "J"):
             return values.log_softmax(-1)
+        if name == "inside" and axes[-1] == "K":  # a part of a distribution
+            return values.log_softmax(-1) - 0.3
         if name.endswith(("log_probs", "logp", "log_mass", "log_tail")):
             return -values.abs() - 0.05
         if name == "routing":  # a share: some entries empty, the others sum to 1

@@ -54,6 +54,7 @@ from opd.types import (
     TeacherView,
     TokenBatch,
     pack_rows,
+    unanswered,
     unpack_rows,
     with_parts,
 )
@@ -82,6 +83,15 @@ class RowFields(Protocol):
     """Looks up a field for a chunk of rows; the student's own fields carry the gradient."""
 
     def __call__(self, key: FieldKey) -> Tensor: ...
+
+
+ClosedForms = Callable[[Bound, str, float], Tensor | None]
+"""From a divergence on the whole vocabulary, a view and its smoothing to the value per row, whose
+gradient whoever gives it takes over; None: differentiate the formula."""
+
+
+def no_closed_form(bound: Bound, view: str, smoothing: float) -> None:
+    """Every divergence is differentiated."""
 
 
 @dataclass(frozen=True, init=False)
@@ -206,15 +216,19 @@ class Objective:
     # -- update phase ------------------------------------------------------------------------
 
     def row_losses(
-        self, look_up: RowFields, notes: dict[str, Tensor] | None = None
+        self,
+        look_up: RowFields,
+        notes: dict[str, Tensor] | None = None,
+        closed: ClosedForms = no_closed_form,
     ) -> dict[str, Float[Tensor, " n"]]:
         """Per term: coefficient times weights times loss, per row, before the reduction.
 
         Args:
             look_up: the fields of the rows.
             notes: receives per-row numbers for the metrics, by path-like name.
+            closed: divergences whose gradient the caller knows without differentiating them.
         """
-        rows = _UpdatePhase(self, look_up, {} if notes is None else notes)
+        rows = _UpdatePhase(self, look_up, {} if notes is None else notes, closed)
         return {label: term.row_loss(label, rows) for label, term in self.labelled()}
 
     # -- signal phase ------------------------------------------------------------------------
@@ -226,9 +240,14 @@ class Objective:
             keys |= {
                 term_key(term, name, bound)
                 for name in positional_names(bound.function)
-                if name in FIELDS and _is_computed(name)
+                if name in FIELDS and _is_computed(name) and name != "student_top_ids"
             }
-        return frozenset(keys)
+        return frozenset(keys)  # the batch holds the student's top ids, those of the rollout
+
+    def reads_its_view(self, term: Term) -> bool:
+        """Whether a term asks anything of the view that it is against."""
+        asked = (need for name, reader in _asked(term) for need in _need(term, name, reader))
+        return any(need.view == term.against for need in asked)
 
     def signal(
         self, token: TokenBatch, values: Mapping[FieldKey, Tensor]
@@ -443,8 +462,15 @@ def _is_default(item: Field[Any], value: Any) -> bool:
 class _UpdatePhase:
     """Fields of a chunk of rows, settled results packed to them."""
 
-    def __init__(self, objective: Objective, look_up: RowFields, notes: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        look_up: RowFields,
+        notes: dict[str, Tensor],
+        closed: ClosedForms,
+    ) -> None:
         self.field = look_up
+        self.closed = closed
         self._sampled = dict(objective.sampled())
         self._sampled_label = objective.sampled_label
         self._notes = notes
@@ -453,13 +479,13 @@ class _UpdatePhase:
     def settled(self, name: str) -> Tensor:
         return self.field(FieldKey(SETTLED + name))
 
-    def chosen(self, label: str, rows: str) -> Tensor:
+    def chosen(self, term: Term) -> Tensor:
         provenance = self.field(FieldKey("provenance"))
-        if rows == "all":
+        if term.rows == "all":
             return torch.ones_like(provenance, dtype=torch.bool)
-        return of_kind(provenance, rows)
+        return of_kind(provenance, term.rows)
 
-    def mask(self, rows: str) -> Tensor:
+    def mask(self, term: Term) -> Tensor:
         raise KeyError("mask")  # who reads it is settled in the signal phase
 
     def note(self, name: str, value: Tensor) -> None:
@@ -488,25 +514,43 @@ class _SignalPhase:
         self, objective: Objective, token: TokenBatch, values: Mapping[FieldKey, Tensor]
     ) -> None:
         self.results: dict[str, Tensor] = {}
-        self._token, self._values = token, values
+        self._objective, self._token, self._values = objective, token, values
         self._sampled = dict(objective.sampled())
         self._sampled_label = objective.sampled_label
         self._advantages: dict[str, Tensor] = {}
+        self.closed = no_closed_form  # nothing is differentiated here
 
     def field(self, key: FieldKey) -> Tensor:
-        if key in self._values:
-            return unpack_rows(self._values[key], self._token.mask)
-        return token_field(self._token, key.name)
+        if key.name == "student_top_ids" and key.support is not None:
+            ids = token_field(self._token, key.name)[:, : dict(key.support.knobs)["k"]]
+            return unpack_rows(ids, self._token.mask)
+        if key not in self._values:
+            return token_field(self._token, key.name)
+        value = unpack_rows(self._values[key], self._token.mask)
+        missing = self._unanswered(key.view)
+        return value if missing is None else value.masked_fill(missing, 0.0)
+
+    def _unanswered(self, view: str) -> Tensor | None:
+        """`[B, T]`: True where a view has no answer; None: nowhere."""
+        missing = unanswered(self._token.views, view)
+        return None if missing is None else unpack_rows(missing, self._token.mask)
 
     def settled(self, name: str) -> Tensor:
         return self.results[name]
 
-    def chosen(self, label: str, rows: str) -> Tensor:
-        return chosen_rows(self._token, rows)
+    def chosen(self, term: Term) -> Tensor:
+        return chosen_rows(self._token, term.rows) & self._answered(term)
 
-    def mask(self, rows: str) -> Tensor:
-        sequences = chosen_rows(self._token, rows).any(1, keepdim=True)
-        return self._token.mask & sequences
+    def mask(self, term: Term) -> Tensor:
+        sequences = self.chosen(term).any(1, keepdim=True)
+        return self._token.mask & sequences & self._answered(term)
+
+    def _answered(self, term: Term) -> Tensor:
+        """`[B, T]`: True where the view that a term reads has an answer."""
+        missing = self._unanswered(term.against)
+        if missing is None or not self._objective.reads_its_view(term):
+            return torch.ones_like(self._token.mask)
+        return ~missing
 
     def note(self, name: str, value: Tensor) -> None:
         self.results[name] = value
@@ -524,7 +568,7 @@ class _SignalPhase:
 
         All zero where the weights leave nothing. An infinite advantage is in neither sum.
         """
-        chosen = chosen_rows(self._token, term.rows)
+        chosen = self.chosen(term)
         weight = chosen.double()
         for _, bound in weight_slots(term):
             weight = torch.where(chosen, weight * weight_factor(term, label, bound, self), 0.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -61,12 +62,16 @@ class Evaluation(Protocol):
         """The advantage of a sampled term, detached."""
         ...
 
-    def chosen(self, label: str, rows: str) -> Tensor:
+    def chosen(self, term: Term) -> Tensor:
         """Rows that the term looks at, True or False."""
         ...
 
-    def mask(self, rows: str) -> Tensor:
+    def mask(self, term: Term) -> Tensor:
         """The mask of the sequences that hold such rows, for formulas that walk along them."""
+        ...
+
+    def closed(self, bound: Bound, view: str, smoothing: float) -> Tensor | None:
+        """A divergence on the whole vocabulary whose gradient is taken care of; None: it is not."""
         ...
 
     def note(self, name: str, value: Tensor) -> None:
@@ -115,7 +120,11 @@ class Dense:
 
     def row_loss(self, label: str, evaluation: Evaluation) -> Float[Tensor, " n"]:
         """One unreduced, weighted loss per row."""
-        value = _call(self, self.divergence, evaluation, label)
+        value, bound = None, Bound.of(self.divergence)
+        if Bound.of(self.support).function is supports.full:
+            value = evaluation.closed(bound, self.against, self.smoothing)
+        if value is None:
+            value = _per_row(bound, _call(self, bound, evaluation, label), evaluation)
         return _scaled(self, label, value, _factor(self, label, evaluation))
 
     def slots(self) -> Iterator[tuple[str, Bound]]:
@@ -152,7 +161,8 @@ class Regulariser:
 
     def row_loss(self, label: str, evaluation: Evaluation) -> Float[Tensor, " n"]:
         """One unreduced, weighted loss per row."""
-        value = _call(self, self.penalty, evaluation, label)
+        bound = Bound.of(self.penalty)
+        value = _per_row(bound, _call(self, bound, evaluation, label), evaluation)
         return _scaled(self, label, value, _factor(self, label, evaluation))
 
     def slots(self) -> Iterator[tuple[str, Bound]]:
@@ -227,12 +237,14 @@ class Sampled:
         advantage = evaluation.advantage(label)
         evaluation.note(f"advantage/{label}", advantage)
         factor = _factor(self, label, evaluation)
-        looked_at = evaluation.chosen(label, self.rows) & (factor != 0)
+        looked_at = evaluation.chosen(self) & (factor != 0)
         if replaced is not None:
             looked_at = looked_at & ~replaced
         # an infinite advantage that nobody looks at would be NaN on the way back
         held = torch.where(looked_at, advantage, 0.0)
-        value = _call(self, self.surrogate, evaluation, label, advantage=held)
+        bound = Bound.of(self.surrogate)
+        value = _call(self, bound, evaluation, label, advantage=held)
+        value = _per_row(bound, value, evaluation)
         return _scaled(self, label, value, torch.where(looked_at, factor, 0.0))
 
     def advantage(self, label: str, evaluation: Evaluation) -> Tensor:
@@ -393,7 +405,7 @@ class Routed:
         evaluation.note(f"routed/{label}", gate)
         leak = _call(self, routings.leak, evaluation, label, **given)
         evaluation.note(f"leak/{label}", torch.where(advantage < 0, leak, math.nan))
-        return torch.where(evaluation.chosen(label, self.rows), gate, 0.0)
+        return torch.where(evaluation.chosen(self), gate, 0.0)
 
     def slots(self) -> Iterator[tuple[str, Bound]]:
         """Every function of the route with the name of its place; the source has its own."""
@@ -515,16 +527,12 @@ def _call(term: Term, slot: Slot, evaluation: Evaluation, label: str, **given: T
         if name in given:
             return given[name]
         if name == "mask":
-            return evaluation.mask(term.rows)
+            return evaluation.mask(term)
         return evaluation.field(term_key(term, name, bound))
 
     arguments = [read(name) for name in positional_names(bound.function)]
-    try:
+    with _blamed(bound):
         result = bound(*arguments)
-    except Exception as error:  # a user's function may raise anything
-        if isinstance(error, OpdError) or is_out_of_memory(error):
-            raise
-        raise ConfigError(f"{_shown(bound)} failed: {type(error).__name__}: {error}") from error
     if not isinstance(result, Tensor):
         raise ConfigError(
             f"{_shown(bound)} returned {result!r}; it must return a tensor, one number per token"
@@ -533,6 +541,28 @@ def _call(term: Term, slot: Slot, evaluation: Evaluation, label: str, **given: T
         changed = hit(*arguments, **dict(bound.knobs))
         evaluation.note(changed_name(label, bound), changed.to(torch.get_default_dtype()))
     return result
+
+
+@contextmanager
+def _blamed(bound: Bound) -> Iterator[None]:
+    """Tells whatever a formula raises as its own fault."""
+    try:
+        yield
+    except Exception as error:  # a user's function may raise anything
+        if isinstance(error, OpdError) or is_out_of_memory(error):
+            raise
+        raise ConfigError(f"{_shown(bound)} failed: {type(error).__name__}: {error}") from error
+
+
+def _per_row(bound: Bound, value: Tensor, evaluation: Evaluation) -> Float[Tensor, " n"]:
+    """A loss, refused unless there is one for each row."""
+    rows = evaluation.field(FieldKey("tokens")).shape
+    if value.shape != rows:
+        raise ConfigError(
+            f"{_shown(bound)} returned the shape {list(value.shape)} for {list(rows)} tokens; "
+            "return one number per token, unreduced"
+        )
+    return value
 
 
 def counted_by(bound: Bound) -> Callable[..., Tensor] | None:

@@ -579,6 +579,8 @@ class Unembedding:
 class TeacherScores:
     """What a teacher returned for N response rows. Every field is optional.
 
+    Fields have a row for each of them, M = N, unless `row_index` says otherwise.
+
     Attributes:
         sampled_logp: log-probability of the row's own token.
         top_ids, top_logp: the teacher's own likeliest tokens, likeliest first.
@@ -588,18 +590,26 @@ class TeacherScores:
         hidden: last hidden states; `unembedding` turns them into logits.
         log_probs: the whole distribution.
         parts: of a combination, (view, weight) pairs; the head combines their distributions.
+            Ids that count as one (`Batch.merge_ids`) are merged already in whatever names single
+            tokens: their mass stands under the group's first id.
         provenance: revision, template and tokenizer hashes, as the teacher states them.
+        row_index: where the teacher reads other tokens than the student, which of the M rows of
+            the fields above answers row n; -1 where none does: terms that read this view then skip
+            the row. None: row n answers row n.
+        id_map: where its vocabulary is another one, the teacher's id of each of the student's
+            tokens; -1 where it has none, which then carries no mass. The distribution is the
+            teacher's over the tokens they share. `top_ids` and `ids` are ids of the student's.
     """
 
-    sampled_logp: Float[Tensor, " N"] | None = None
-    top_ids: Int[Tensor, "N K"] | None = None
-    top_logp: Float[Tensor, "N K"] | None = None
-    ids: Int[Tensor, "N J"] | None = None
-    ids_logp: Float[Tensor, "N J"] | None = None
-    logsumexp: Float[Tensor, " N"] | None = None
-    entropy: Float[Tensor, " N"] | None = None
-    hidden: Float[Tensor, "N H"] | None = None
-    log_probs: Float[Tensor, "N V"] | None = None
+    sampled_logp: Float[Tensor, " M"] | None = None
+    top_ids: Int[Tensor, "M K"] | None = None
+    top_logp: Float[Tensor, "M K"] | None = None
+    ids: Int[Tensor, "M J"] | None = None
+    ids_logp: Float[Tensor, "M J"] | None = None
+    logsumexp: Float[Tensor, " M"] | None = None
+    entropy: Float[Tensor, " M"] | None = None
+    hidden: Float[Tensor, "M H"] | None = None
+    log_probs: Float[Tensor, "M W"] | None = None
     unembedding: Unembedding | None = None
     parts: tuple[tuple[str, float], ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -607,18 +617,42 @@ class TeacherScores:
     id_map: Int[Tensor, " V"] | None = None
 
     def rows(self, index: Tensor | slice) -> TeacherScores:
-        """The same scores for some of the rows."""
-        picked = {
-            name: value[index]
+        """The same scores for some of the N rows, with nothing kept of the others."""
+        chosen, places = index, None
+        if self.row_index is not None:
+            answered = self.row_index[index]
+            chosen = answered.clamp(min=0)
+            places = torch.arange(len(answered), device=answered.device)
+            places = places.masked_fill(answered < 0, -1)
+        picked: dict[str, Any] = {
+            name: value[chosen] if len(value) or places is None else _nothing(value, len(places))
             for name in _TEACHER_ROW_FIELDS
             if (value := getattr(self, name)) is not None
         }
-        return replace(self, **picked)
+        return replace(self, row_index=places, **picked)
 
     def row_counts(self) -> tuple[int, ...]:
         """For how many rows each field that is there holds an answer."""
         values = (getattr(self, name) for name in _TEACHER_ROW_FIELDS)
         return tuple(value.shape[0] for value in values if value is not None)
+
+
+def _nothing(value: Tensor, rows: int) -> Tensor:
+    """Rows for a field that has none: nobody looks at them."""
+    return value.new_zeros((rows, *value.shape[1:]))
+
+
+def unanswered(views: Mapping[str, TeacherScores], name: str) -> Bool[Tensor, " N"] | None:
+    """True on the rows that a view, or a part of a combination, has no answer for; None: none."""
+    if name not in views:
+        return None
+    index = views[name].row_index
+    found = None if index is None else index < 0
+    for part, weight in views[name].parts:
+        own = unanswered(views, part) if weight else None
+        if own is not None:
+            found = own if found is None else found | own
+    return found
 
 
 _TEACHER_ROW_FIELDS = (
@@ -631,7 +665,6 @@ _TEACHER_ROW_FIELDS = (
     "entropy",
     "hidden",
     "log_probs",
-    "row_index",
 )
 
 

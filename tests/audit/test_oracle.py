@@ -272,7 +272,9 @@ def test_what_is_settled_together_is_what_is_settled_step_by_step(
     monkeypatch.setattr(oracle, "ALONG_ONE_RESPONSE", frozenset())
     assert not any(oracle.settles_together(Objective(term)) for term in terms)
     for term, found in zip(terms, together, strict=True):
-        assert torch.equal(moments(world, term, **settings).gradient, found.gradient), term
+        apart = moments(world, term, **settings).gradient
+        # not the same bits: how a matrix product rounds depends on its height and the processor
+        assert torch.allclose(apart, found.gradient, rtol=0, atol=1e-14), term
 
 
 def literal_pairs(tree: Tree, advantages: Callable[[list[Response]], Rows]) -> tuple[Rows, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from opd.errors import ConfigError, TeacherError
 from opd.formula import divergence, reward, support, weight
 from opd.head import linear_head, log_probs_of
-from opd.head.linear import merge, merged_tokens
+from opd.head.distribution import merge, merged_tokens
 from opd.objective import Dense, Objective, Sampled
 from opd.rollout.pack import with_token
 from opd.types import Batch, Bound, FieldKey, TeacherScores, Unembedding

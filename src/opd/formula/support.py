@@ -22,10 +22,13 @@ in arXiv:2605.11182.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from opd.formula.numerics import log1mexp
 
 __all__ = [
     "full",
@@ -195,13 +198,31 @@ def restrict_by_tail(
         The K entries of the support, -inf where absent; one more entry, the bucket, last, for the
         rules `bucket` and `teacher_renormalise`.
     """
-    if tail not in TAILS:
-        raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
-    if side not in ("student", "teacher"):
-        raise ValueError(f"side must be 'student' or 'teacher', got {side!r}")
+    _check_tail(tail, side)
     if ids is None:
         return log_probs
     inside = restrict(log_probs, ids)
+    return _by_tail(inside, lambda: log_mass_outside(log_probs, ids), tail, side)
+
+
+def entries_by_tail(
+    inside: Float[Tensor, "*n K"], *, tail: str, side: str
+) -> Float[Tensor, "*n K_or_more"]:
+    """The same of a distribution that is known on the support alone.
+
+    The mass outside is then one minus the mass inside: exact, but with the rounding of the inside.
+
+    Args:
+        inside: the support's entries as they are; -inf where absent.
+        tail, side: as in `restrict_by_tail`.
+    """
+    _check_tail(tail, side)
+    return _by_tail(inside, lambda: log_mass_beside(inside), tail, side)
+
+
+def _by_tail(
+    inside: Float[Tensor, "*n K"], log_outside: Callable[[], Tensor], tail: str, side: str
+) -> Float[Tensor, "*n K_or_more"]:
     if tail == "truncate":
         return inside
     if tail == "renormalise":
@@ -209,7 +230,14 @@ def restrict_by_tail(
     if tail == "teacher_renormalise" and side == "teacher":
         bucket = torch.where(_massless(inside), 0.0, torch.full_like(inside[..., 0], -math.inf))
         return with_bucket(renormalise(inside), bucket)
-    return with_bucket(inside, log_mass_outside(log_probs, ids))
+    return with_bucket(inside, log_outside())
+
+
+def _check_tail(tail: str, side: str) -> None:
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
+    if side not in ("student", "teacher"):
+        raise ValueError(f"side must be 'student' or 'teacher', got {side!r}")
 
 
 def restrict(log_probs: Float[Tensor, "*n V"], ids: Int[Tensor, "*n K"]) -> Float[Tensor, "*n K"]:
@@ -245,6 +273,14 @@ def log_mass_outside(
     outside.scatter_(-1, torch.where(ids == ABSENT, spare, ids), -math.inf)
     log_mass = outside.logsumexp(-1)
     return torch.where(log_mass <= lowest / 2, -math.inf, log_mass)
+
+
+def log_mass_beside(inside: Float[Tensor, "*n K"]) -> Float[Tensor, "*n"]:
+    """Log of what entries of a distribution leave to all others: `log(1 - sum(exp(inside)))`.
+
+    -inf where they leave nothing, or where rounding left them more than everything.
+    """
+    return log1mexp(inside.logsumexp(-1))
 
 
 def with_bucket(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd.fastpath import SMALL, response_states, why_generic
 from opd.head import log_probs_of
-from opd.head.linear import merged_tokens
+from opd.head.distribution import merged_tokens
 from opd.head.rows import likeliest
 from opd.models import LoadedModel, adapter_disabled, unembedding
 from opd.rollout.pack import Part, join_parts, split

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opd.head.linear import CHUNK_BYTES
+from opd.head.visit import budget_on
 from opd.training.config import RunConfig
 from opd.training.facts import ModelFacts
 from opd.training.plan import is_scored, reply_is_distribution
@@ -18,8 +18,8 @@ from opd.training.session import Phase, micro_batch_tokens
 # attention matrices are not stored: measured on Qwen3 shapes. A plain GELU layer keeps 34
 # (Korthikanti et al., arXiv:2205.05198); gates and norms of today's layers add to that.
 ACTIVATION_BYTES = 50
-# Logits, log-probabilities and their gradient are alive together in the head, on both sides.
-CHUNK_COPIES = 4
+# What a formula holds of a block of rows while it is differentiated, in tensors of the block.
+BLOCK_TENSORS = 16
 # The cache is copied whenever finished sequences are dropped from it.
 CACHE_COPIES = 2
 # Resident memory after the imports, measured on Linux with PyTorch 2.13.
@@ -169,11 +169,21 @@ def _parts(
         micro * layers * hidden * ACTIVATION_BYTES * student.item_bytes / 2,
         f"a micro-batch of {micro:,} tokens; train.max_tokens",
     )
-    rows_bytes = 4 * student.hollow.vocab_size * micro
-    # each further view is one more distribution; a combination holds its weighted parts as well
-    copies = CHUNK_COPIES + max(0, len(views) - 1) + sum(len(view.parts) for view in views)
+    budget, row_bytes = budget_on(device), 4 * student.hollow.vocab_size
+    # the student's logits and those of every view that is projected, and at least a row of each
+    sides = 1 + sum(is_scored(view) for view in views)
+    chunk = max(min(budget.chunk_bytes, sides * row_bytes * micro), sides * row_bytes)
+    block = max(min(budget.block_bytes, row_bytes * micro), row_bytes)
+    tensors = BLOCK_TENSORS + sum(len(view.parts) for view in views)
     yield MemoryPart(
         "logits",
-        copies * min(CHUNK_BYTES, rows_bytes),
-        f"{copies} copies of a chunk of rows x {student.hollow.vocab_size:,} tokens",
+        chunk + tensors * block,
+        f"a chunk of rows x {student.hollow.vocab_size:,} tokens of {sides} models, and "
+        f"{tensors} tensors of a block of it",
     )
+    if not config.student.lora.r:
+        yield MemoryPart(
+            "the unembedding's gradient",
+            4.0 * student.hollow.vocab_size * hidden,
+            "in float32, while a micro-batch is differentiated",
+        )

@@ -12,9 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from opd.errors import DataError, TeacherError, TrainingError, is_out_of_memory
+from opd.errors import DataError, TrainingError, is_out_of_memory
 from opd.fields import EXTRA_PREFIX
 from opd.formula import support
+from opd.head.replies import check_reply
 from opd.objective import Objective, Routed, Term
 from opd.rollout.pack import Part, join_parts, pack_rollout, split, with_token
 from opd.student import Student
@@ -202,9 +203,8 @@ def score(
                 temperature=objective.temperature,
             )
             reply = teachers[view.name].score(request)
-            views[view.name] = _described(
-                _checked(view.name, reply, batch.row_index.shape[0]), view
-            )
+            check_reply(view.name, reply, rows=batch.row_index.shape[0])
+            views[view.name] = _described(reply, view)
     return with_token(batch, views=views) if views else batch
 
 
@@ -222,22 +222,6 @@ def _described(scores: TeacherScores, view: TeacherView) -> TeacherScores:
     said |= {"decay": f"{view.decay:g}"} if view.decay else {}
     kept = {name: text for name, text in said.items() if text}
     return replace(scores, provenance={**scores.provenance, **kept})
-
-
-def _checked(view: str, scores: TeacherScores, rows: int) -> TeacherScores:
-    """The reply, or an error where it cannot be read."""
-    wrong = sorted({size for size in scores.row_counts() if size != rows})
-    if wrong:
-        raise TeacherError(
-            f"the view {view!r} answered for {wrong[0]} rows, but was asked for {rows}: one per "
-            "token of the responses, in their order"
-        )
-    if scores.hidden is not None and scores.unembedding is None and scores.log_probs is None:
-        raise TeacherError(
-            f"the view {view!r} returned hidden states without the unembedding that turns them "
-            "into logits; return both, or log_probs"
-        )
-    return scores
 
 
 def signal(

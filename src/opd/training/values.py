@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd import critic as critics
 from opd.critic import CriticSettings, critic_targets, explained_variance
-from opd.head.linear import HIDDEN
+from opd.head.visit import HIDDEN
 from opd.models import unembedding
 from opd.objective import Objective, chosen_rows
 from opd.rollout.pack import select, with_token

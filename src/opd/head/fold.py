@@ -1,0 +1,319 @@
+"""The closed forms on CUDA: one walk over the vocabulary for all values, one for the gradient.
+
+Per row, the fold over tiles of the vocabulary finds both normalisers, then both KLs, both
+entropies and, where a mixture weight is given, the Jensen-Shannon divergence; log-probabilities
+are never written anywhere. A second kernel writes the gradient of all of them together over the
+student's logits. `opd.head.closed` holds the same formulas in PyTorch and is the reference.
+
+Which objectives need no more than that is read from their signatures (`fold_weight`). Triton is
+optional: where it is not there the portable path is taken, and said so once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd.fields import FIELDS, positional_names
+from opd.formula import divergence, support
+from opd.objective import Objective
+from opd.terms import Dense
+from opd.types import Bound, FieldKey, TeacherScores, qualified_name
+
+# `opd.head.kernels` addresses both tuples by position.
+VALUES = (
+    "student_normaliser",
+    "teacher_normaliser",
+    "reverse_kl",
+    "forward_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "generalized_jsd",
+    "mixture_mean",
+)
+"""Columns of what the first kernel returns; the last one serves the gradient of the JSD."""
+
+SLOPES = ("reverse_kl", "forward_kl", "student_entropy", "generalized_jsd", "student_logp")
+"""Columns of the factors that the second kernel reads."""
+
+
+VALUE_OF_FORMULA: Mapping[str, str] = MappingProxyType(
+    {
+        qualified_name(formula): formula.__name__
+        for formula in (
+            divergence.reverse_kl,
+            divergence.forward_kl,
+            divergence.generalized_jsd,
+        )
+    }
+)
+
+KNOWN_FIELDS = frozenset(
+    {
+        "student_logp",
+        "teacher_logp",
+        "reverse_kl",
+        "forward_kl",
+        "student_entropy",
+        "teacher_entropy",
+    }
+)
+"""Fields of a distribution that are among the values, on the whole vocabulary."""
+
+
+class TritonMissing(UserWarning):
+    """Triton is not there or does not run, so the portable path is taken on CUDA."""
+
+
+@cache
+def is_available(device_type: str) -> bool:
+    """Whether Triton folds two numbers on such a device; says so once where it does not."""
+    try:
+        if importlib.util.find_spec("triton") is None:
+            raise ImportError("Triton is not installed: pip install triton")
+        one = torch.ones((1, 2), device=device_type)
+        Fold.of(one, one)
+    except Exception as error:  # no compiler, a device that is too old, another Triton
+        warnings.warn(
+            f"the head takes the portable path, which is slower on {device_type}: {error}",
+            TritonMissing,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What the first kernel found of n rows.
+
+    Attributes:
+        values: `[n, len(VALUES)]`.
+        student_logits, teacher_logits: what it was found from; the first is overwritten by
+            `write_gradient`.
+        temperature: divides both.
+        teacher_weight: of the mixture in the Jensen-Shannon divergence; 0 where none is asked for.
+    """
+
+    values: Float[Tensor, "n _"]
+    student_logits: Float[Tensor, "n V"]
+    teacher_logits: Float[Tensor, "n V"]
+    temperature: float
+    teacher_weight: float
+
+    @classmethod
+    def of(
+        cls,
+        student_logits: Float[Tensor, "n V"],
+        teacher_logits: Float[Tensor, "n V"],
+        *,
+        temperature: float = 1.0,
+        teacher_weight: float = 0.0,
+    ) -> Fold:
+        """Fold both rows of logits, float32, into the values."""
+        rows, vocab_size = student_logits.shape
+        values = torch.empty((rows, len(VALUES)), device=student_logits.device)
+        if rows:
+            kernels = _kernels()
+            kernels.fold_values[(rows,)](
+                student_logits,
+                teacher_logits,
+                values,
+                vocab_size,
+                student_logits.stride(0),
+                teacher_logits.stride(0),
+                1.0 / temperature,
+                teacher_weight,
+                WITH_MIXTURE=teacher_weight > 0,
+                COLUMNS=len(VALUES),
+                TILE=_tile(vocab_size),
+            )
+        return cls(values, student_logits, teacher_logits, temperature, teacher_weight)
+
+    def __getitem__(self, name: str) -> Float[Tensor, " n"]:
+        return self.values[:, VALUES.index(name)]
+
+    def write_gradient(
+        self, factors: Mapping[str, Float[Tensor, " n"]], tokens: Int[Tensor, " n"]
+    ) -> None:
+        """Write the gradient of `sum_k factors[k] * value_k` over the student's logits.
+
+        Args:
+            factors: by the names of `SLOPES`; what is not there counts as 0.
+            tokens: of the rows, for `student_logp`.
+        """
+        rows, vocab_size = self.student_logits.shape
+        zero = self.values.new_zeros(rows)
+        table = torch.stack([factors.get(name, zero) for name in SLOPES], -1).contiguous()
+        if rows:
+            kernels = _kernels()
+            kernels.write_gradient[(rows, -(-vocab_size // _tile(vocab_size)))](
+                self.student_logits,
+                self.teacher_logits,
+                self.values,
+                table / self.temperature,
+                tokens.contiguous(),
+                vocab_size,
+                self.student_logits.stride(0),
+                self.teacher_logits.stride(0),
+                1.0 / self.temperature,
+                self.teacher_weight,
+                WITH_MIXTURE=self.teacher_weight > 0,
+                COLUMNS=len(VALUES),
+                FACTORS=len(SLOPES),
+                TILE=_tile(vocab_size),
+            )
+
+
+class FoldedFields:
+    """Looks up fields of n rows whose distributions were folded; see `BlockFields`.
+
+    What a loss depends on is handed out as leaves; `write_gradient` takes their gradients.
+    """
+
+    def __init__(
+        self,
+        fold: Fold,
+        token_fields: Callable[[str], Tensor],
+        scores: TeacherScores,
+    ) -> None:
+        self._fold, self._token_fields, self._scores = fold, token_fields, scores
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, key: FieldKey) -> Tensor:
+        if key.name not in KNOWN_FIELDS:
+            return self._token_fields(key.name)
+        return self._value(key.name)
+
+    def closed(self, bound: Bound, view: str, smoothing: float) -> Tensor | None:
+        """A divergence that the fold holds."""
+        name = VALUE_OF_FORMULA.get(bound.name)
+        return None if name is None else self._value(name)
+
+    def log_ratio(self, view: str) -> Float[Tensor, " n"]:
+        """How much likelier the view finds the chosen token."""
+        return self._value("teacher_logp") - self._value("student_logp")
+
+    @property
+    def tokens(self) -> Int[Tensor, " n"]:
+        """The rows' own tokens."""
+        return self._token_fields("tokens")
+
+    def is_finite(self) -> bool:
+        """Whether every value is: a row with zero mass is for the formulas themselves."""
+        logp = self._logp(self._fold.student_logits, "student_normaliser")
+        return bool((self._fold.values.isfinite().all(-1) & logp.isfinite()).all())
+
+    def write_gradient(self, loss: Tensor) -> bool:
+        """Write the loss's gradient over the student's logits; False where it has none."""
+        leaves = {name: leaf for name, leaf in self._known.items() if leaf.requires_grad}
+        if not loss.requires_grad or not leaves:
+            return False
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        factors = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+        if not factors:
+            return False
+        self._fold.write_gradient(factors, self.tokens)
+        return True
+
+    def _value(self, name: str) -> Tensor:
+        if name not in self._known:
+            value = self._computed(name)
+            if name in SLOPES and torch.is_grad_enabled():
+                value = value.detach().clone().requires_grad_()
+            self._known[name] = value
+        return self._known[name]
+
+    def _computed(self, name: str) -> Float[Tensor, " n"]:
+        if name == "student_logp":
+            return self._logp(self._fold.student_logits, "student_normaliser")
+        if name != "teacher_logp":
+            return self._fold[name]
+        told = self._scores.sampled_logp
+        return self._logp(self._fold.teacher_logits, "teacher_normaliser") if told is None else told
+
+    def _logp(self, logits: Float[Tensor, "n V"], normaliser: str) -> Float[Tensor, " n"]:
+        own = logits.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
+        return own / self._fold.temperature - self._fold[normaliser]
+
+
+def fold_weight(
+    objective: Objective | None,
+    wanted: Iterable[FieldKey],
+    views: Mapping[str, TeacherScores],
+    vocab_size: int,
+) -> float | None:
+    """The mixture weight to fold with (0: no mixture), where a fold says all that is asked.
+
+    None where it does not: another formula on a distribution, a support, a view other than
+    `teacher`, one that is no model of the same vocabulary. `row_index` and `id_map` rule it out.
+    """
+    if objective is None or "teacher" not in views or not objective.views() <= {"teacher"}:
+        return None
+    scores, head = views["teacher"], views["teacher"].unembedding
+    if scores.hidden is None or head is None or head.vocab_size != vocab_size:
+        return None
+    if any(part is not None for part in (scores.log_probs, scores.row_index, scores.id_map)):
+        return None
+    if any(key.view not in ("", "teacher") for key in wanted):
+        return None
+    if any(key.name not in KNOWN_FIELDS or key.support or key.smoothing for key in wanted):
+        return None
+    weights = {0.0}
+    for _, term in objective.parts():
+        if term.smoothing or Bound.of(term.support).function is not support.full:
+            return None
+        for place, bound in term.slots():
+            if place == "support":
+                continue
+            if isinstance(term, Dense) and place == "divergence":
+                if bound.name not in VALUE_OF_FORMULA:
+                    return None
+                if "teacher_weight" in (knobs := dict(bound.knobs)):
+                    if not 0 < knobs["teacher_weight"] < 1:
+                        return None  # which the formula itself has to say
+                    weights.add(float(knobs["teacher_weight"]))
+            elif not all(map(_is_folded, positional_names(bound.function))):
+                return None
+    return max(weights) if len(weights) <= 2 else None
+
+
+def _is_folded(name: str) -> bool:
+    """Whether a formula may read this: a value of the fold, or nothing of a distribution."""
+    if name in KNOWN_FIELDS or name not in FIELDS:
+        return True
+    field = FIELDS[name]
+    return field.side == "none" and field.scope == "none"
+
+
+def serves(logits: Tensor, hidden: Tensor | None) -> bool:
+    """Whether the kernels fold such logits of the student and such states of a view.
+
+    They do in float32 on CUDA, with Triton. With TRITON_INTERPRET=1 Triton runs its kernels on a
+    CPU, slowly, for tests.
+    """
+    if logits.dtype != torch.float32 or hidden is None or hidden.dtype == torch.float64:
+        return False
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return (logits.is_cuda or interpreted) and is_available(logits.device.type)
+
+
+def _tile(vocab_size: int) -> int:
+    """Entries a program looks at once: a power of two, as Triton wants it."""
+    return int(min(4096, 1 << max(4, (vocab_size - 1).bit_length())))
+
+
+@cache
+def _kernels() -> Any:
+    """The module of the kernels, which imports Triton."""
+    return importlib.import_module("opd.head.kernels")
