@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 OURS = "opd"
-PACKAGES = ("opd", "torch", "transformers", "trl", "numpy")
+PACKAGES = ("opd", "torch", "transformers", "trl", "liger-kernel", "numpy")
 
 
 # --------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ def _accuracy(rows: Rows) -> str:
 _COLUMNS: Mapping[str, tuple[str, str]] = {
     "seconds": ("CPU-seconds", "{:.3g}"),
     "tokens_per_s": ("tokens per CPU-second", "{:,.0f}"),
+    "peak_mb": ("extra memory, MB", "{:,.0f}"),
     "grad_error": ("gradient error", "{:.1e}"),
     "ratio": ("time relative to opd", "{:.2f}"),
 }
@@ -88,7 +89,15 @@ def _how(result: Mapping[str, Any]) -> str:
     )
 
 
-_TABLES: Mapping[str, Callable[[Rows], str]] = {"default_run": _accuracy}
+def _head(rows: Rows) -> str:
+    """What stands beside peers, and how exact each is; the rest is in the result file."""
+    beside = {
+        row["case"] for row in rows if row["system"] != "opd" and "floor" not in row["system"]
+    }
+    return _speed([row for row in rows if row["case"] in beside])
+
+
+_TABLES: Mapping[str, Callable[[Rows], str]] = {"default_run": _accuracy, "head": _head}
 
 
 if __name__ == "__main__":

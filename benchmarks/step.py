@@ -6,7 +6,12 @@ vocabulary. The learning rate is 0: each draws its own responses, so their lengt
 apart; the optimizer does all its work all the same. Time is counted per generated token. On one
 frozen batch of responses the two losses of every token and the two gradients are compared.
 
-    python benchmarks/step.py [--quick] [--json FILE] [--result FILE]
+A second case has models of random weights and a vocabulary of 32,768 tokens, so that most of the
+work is in the unembeddings: batch 16, 32 new tokens each.
+
+    python benchmarks/step.py [--quick] [--ours] [--json FILE] [--result FILE]
+
+`--ours` leaves out whatever needs a peer, to compare this library with an earlier commit of it.
 """
 
 from __future__ import annotations
@@ -21,12 +26,15 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
+from tokenizers.models import WordLevel
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 import rollout as rollout_benchmark
 from common import (
     OURS,
     Measure,
+    Options,
     Row,
     compare,
     cpu_seconds,
@@ -34,35 +42,37 @@ from common import (
     interleaved,
     measured_matrix_rate,
     one_thread,
-    parse_args,
+    parser,
     report,
 )
-from opd.models import load_model, save_model
+from opd.data.tasks import build_tokenizer
+from opd.models import load_model, save_model, wrap_model
 from opd.rollout.pack import join_parts, pack_rollout, split
 from opd.training import step as steps
 from opd.training.config import Run, load
 from opd.training.loop import train_run
 from opd.training.session import Session, open_session
 from opd.types import Batch, Prompt, Rollout
-from peers.trl_step import PHASES, run_trl_steps, trl_loss_and_gradient
+from peers.trl_step import PHASES, random_model, run_trl_steps, trl_loss_and_gradient
 
 TRL = "TRL DistillationTrainer"
-BATCH = 64
-NEW_TOKENS = 64
 WARMUP_STEPS = 100
-CASE = f"step, batch {BATCH}"
+WIDE_VOCABULARY = 32_768
 ROLLOUT_CASES = ("forced, batch 8", "forced, batch 64", "forced, batch 256")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Where both systems load the models from."""
+class Case:
+    """What a step is, and where both systems load the models from."""
 
+    name: str
     student: Path
     teacher: Path
+    batch: int
+    new_tokens: int
 
 
-def build_pair(folder: Path) -> Pair:
+def embedded_case(folder: Path) -> Case:
     """The embedded default's teacher, and its student after a supervised warm-up."""
     settings = {
         "warmup.steps": WARMUP_STEPS,
@@ -75,9 +85,35 @@ def build_pair(folder: Path) -> Pair:
         "name": "warmup",
     }
     reports = list(train_run(_run(settings)))
-    pair = Pair(reports[-1].folder / "model", folder / "teacher")
-    save_model(load_model("builtin:sort-teacher"), pair.teacher)
-    return pair
+    student, teacher = reports[-1].folder / "model", folder / "teacher"
+    save_model(load_model("builtin:sort-teacher"), teacher)
+    return Case("step, batch 64", student, teacher, batch=64, new_tokens=64)
+
+
+def wide_case(folder: Path) -> Case:
+    """Random weights with a large vocabulary; every response reaches the limit.
+
+    The end token's row of the unembedding is zero. Among logits of standard deviation 3 that is
+    a chance of 2e-7 per token, for both systems, without a setting of either.
+    """
+    tokenizer = _wide_tokenizer()
+    torch.manual_seed(0)
+    for role, width in (("student", 256), ("teacher", 512)):
+        model: Any = random_model(tokenizer, width=width, layers=2, spread=0.2)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[tokenizer.eos_token_id] = 0.0
+        save_model(wrap_model(model, tokenizer), folder / f"wide-{role}")
+    name = f"step, batch 16, V {WIDE_VOCABULARY:,}"
+    return Case(name, folder / "wide-student", folder / "wide-teacher", batch=16, new_tokens=32)
+
+
+def _wide_tokenizer() -> PreTrainedTokenizerBase:
+    """That of the embedded tasks, filled up with tokens that no prompt contains."""
+    tokenizer = build_tokenizer()
+    ids = tokenizer.get_vocab()
+    filler = {f"<filler {index}>": index for index in range(len(ids), WIDE_VOCABULARY)}
+    tokenizer.backend_tokenizer.model = WordLevel(ids | filler)
+    return tokenizer
 
 
 def _run(settings: dict[str, Any]) -> Run:
@@ -97,8 +133,8 @@ def _toml(value: Any) -> str:
 class OurSteps:
     """Our loop, as `opd run` runs it, without verifying, sampling logs, saving or evaluating."""
 
-    def __init__(self, pair: Pair, folder: Path) -> None:
-        self._pair, self._folder = pair, folder
+    def __init__(self, case: Case, folder: Path) -> None:
+        self._case, self._folder = case, folder
 
     def run(self, count: int) -> Measure:
         """`count` steps after one that is not in the time."""
@@ -125,13 +161,13 @@ class OurSteps:
     def _settings(self, count: int, output: str) -> Run:
         return _run(
             {
-                "student.model": self._pair.student,
-                "teacher.model": self._pair.teacher,
+                "student.model": self._case.student,
+                "teacher.model": self._case.teacher,
                 "data.verifier": "none",
-                "sampler.max_new_tokens": NEW_TOKENS,
+                "sampler.max_new_tokens": self._case.new_tokens,
                 "warmup.steps": 0,
                 "train.steps": count + 1,  # the last step would save a checkpoint
-                "train.prompts_per_step": BATCH,
+                "train.prompts_per_step": self._case.batch,
                 "train.learning_rate": 0.0,
                 "train.max_tokens": 0,  # the library's own choice
                 "teacher.max_tokens": 0,
@@ -180,46 +216,55 @@ class _Stopwatch:
 # Both
 
 
-def step_rows(pair: Pair, folder: Path, *, repeats: int, count: int) -> list[Row]:
-    """Time per generated token, whole and part by part, and the floor under ours."""
-    ours = OurSteps(pair, folder)
-    prompts = ours.session().stream(0).take(BATCH * (count + 1))
+def step_rows(
+    case: Case, folder: Path, *, repeats: int, count: int, alone: bool = False
+) -> list[Row]:
+    """Time per generated token, whole and part by part, and the floor under ours.
+
+    Args:
+        repeats: runs of each system.
+        count: measured steps of a run.
+        alone: leave TRL out.
+    """
+    ours = OurSteps(case, folder)
+    prompts = ours.session().stream(0).take(case.batch * (count + 1))
 
     def theirs() -> Measure:
         with redirect_stderr(StringIO()):  # progress bars of loading
             timing = run_trl_steps(
-                student_folder=pair.student,
-                teacher_folder=pair.teacher,
+                student_folder=case.student,
+                teacher_folder=case.teacher,
                 prompts=[prompt.text for prompt in prompts],
                 prompt_ids=[prompt.prompt_ids for prompt in prompts],
                 steps=count,
-                batch_size=BATCH,
-                max_new_tokens=NEW_TOKENS,
+                batch_size=case.batch,
+                max_new_tokens=case.new_tokens,
                 learning_rate=0.0,
             )
         parts = {name: spent / count for name, spent in timing.phases.items()}
         return Measure(timing.seconds / count, round(timing.generated_tokens / count), parts)
 
-    medians = interleaved({OURS: lambda: ours.run(count), TRL: theirs}, repeats)
-    rows = compare(CASE, medians)
-    rows.append(_floor_row(ours.session(), medians[OURS]))
+    systems = {OURS: lambda: ours.run(count)} | ({} if alone else {TRL: theirs})
+    medians = interleaved(systems, repeats)
+    rows = compare(case.name, medians)
+    rows.append(_floor_row(case, ours.session(), medians[OURS]))
     for part in PHASES:
         of_part = {
             system: Measure(measure.parts[part], measure.tokens)
             for system, measure in medians.items()
         }
-        rows += compare(f"{CASE}: {part}", of_part)
+        rows += compare(f"{case.name}: {part}", of_part)
     return rows
 
 
-def _floor_row(session: Session, ours: Measure) -> Row:
+def _floor_row(case: Case, session: Session, ours: Measure) -> Row:
     """The time of the step's multiply-adds alone, at the rate of a large product."""
     frozen = _Frozen.of(session)
     rate = measured_matrix_rate(1024, 256, 1024)
     per_token = _multiply_adds(session, frozen) / float(frozen.rollout.mask.sum())
     seconds = ours.tokens * per_token / rate
     return Row(
-        case=CASE,
+        case=case.name,
         system=f"floor: its multiply-adds at {rate / 1e9:.0f} G/s",
         seconds=seconds,
         tokens_per_s=ours.tokens / seconds,
@@ -256,7 +301,7 @@ class _Frozen:
     @classmethod
     def of(cls, session: Session) -> _Frozen:
         phase, student = session.phases[-1], session.student
-        prompts = session.stream(0).take(BATCH)
+        prompts = session.stream(0).take(session.config.train.prompts_per_step)
         rollout = session.student_sampler.sample(
             prompts, phase.plan.sampler, generator=torch.Generator().manual_seed(0)
         )
@@ -311,15 +356,22 @@ def rollout_rows(*, repeats: int) -> list[Row]:
 
 
 def main() -> None:
-    options = parse_args("A whole training step beside TRL's DistillationTrainer.")
+    arguments = parser("A whole training step beside TRL's DistillationTrainer.")
+    arguments.add_argument("--ours", action="store_true", help="leave the peers out")
+    chosen = arguments.parse_args()
+    options, alone = Options(chosen.quick, chosen.json, chosen.result), chosen.ours
     one_thread()
     repeats, count = (2, 3) if options.quick else (7, 6)
+    wide_repeats, wide_count = (1, 1) if options.quick else (7, 2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pair = build_pair(folder)
-        rows = step_rows(pair, folder, repeats=repeats, count=count)
-        rows += agreement_rows(OurSteps(pair, folder).session())
-    rows += rollout_rows(repeats=3 if options.quick else 15)
+        embedded, wide = embedded_case(folder), wide_case(folder)
+        rows = step_rows(embedded, folder, repeats=repeats, count=count, alone=alone)
+        rows += step_rows(wide, folder, repeats=wide_repeats, count=wide_count, alone=alone)
+        if not alone:
+            rows += agreement_rows(OurSteps(embedded, folder).session())
+    if not alone:
+        rows += rollout_rows(repeats=3 if options.quick else 15)
     report(rows, options)
 
 

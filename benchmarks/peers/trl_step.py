@@ -57,7 +57,13 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 
 from opd.data.tasks import TASKS, build_tokenizer
 
-__all__ = ["TrlGradient", "TrlTiming", "run_trl_steps", "trl_loss_and_gradient"]
+__all__ = [
+    "TrlGradient",
+    "TrlTiming",
+    "random_model",
+    "run_trl_steps",
+    "trl_loss_and_gradient",
+]
 
 # TRL's constructor reports over the network which trainer is used, unless told not to.
 hub.HF_HUB_DISABLE_TELEMETRY = True
@@ -416,8 +422,8 @@ def main() -> None:
     quiet_loading: Callable[[], None] = transformers_logging.disable_progress_bar
     quiet_loading()
     tokenizer = build_tokenizer()
-    student = _tiny_model(tokenizer, width=64, layers=2)
-    teacher = _tiny_model(tokenizer, width=96, layers=3)
+    student = random_model(tokenizer, width=64, layers=2)
+    teacher = random_model(tokenizer, width=96, layers=3)
     _check_definition(student, teacher, tokenizer)
     examples = islice(TASKS["sort"].stream("train", seed=0), 64 * (options.steps + 1))
     prompts = [example.prompt for example in examples]
@@ -491,8 +497,13 @@ def _print_timing(timing: TrlTiming) -> None:
         print(f"  {phase:9s} {1e3 * seconds / timing.steps:6.1f} ms  {share:5.1%}")
 
 
-def _tiny_model(tokenizer: PreTrainedTokenizerBase, *, width: int, layers: int) -> PreTrainedModel:
-    """The shapes of the embedded task: heads of 32, an MLP of three times the width, tied."""
+def random_model(
+    tokenizer: PreTrainedTokenizerBase, *, width: int, layers: int, spread: float = 0.02
+) -> PreTrainedModel:
+    """The shapes of the embedded task: heads of 32, an MLP of three times the width, tied.
+
+    Weights are normal with a standard deviation of `spread`.
+    """
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -503,6 +514,7 @@ def _tiny_model(tokenizer: PreTrainedTokenizerBase, *, width: int, layers: int) 
         head_dim=32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
+        initializer_range=spread,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
