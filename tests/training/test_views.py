@@ -19,7 +19,7 @@ from opd.formula import credit, divergence, reward
 from opd.head import log_probs_of
 from opd.objective import Dense, Method, Objective, Sampled
 from opd.rollout.local import LocalSampler
-from opd.rollout.pack import pack_rollout
+from opd.rollout.pack import pack_rollout, with_token
 from opd.schedule import Linear
 from opd.student import Student
 from opd.teacher.context import ContextEncoder
@@ -232,6 +232,27 @@ def test_a_signal_reads_a_combination_from_a_visit_because_nobody_tells_its_numb
     lengths = step.rollout.lengths.tolist()
     returns = [part.flip(0).cumsum(0).flip(0) for part in torch.split(ratio, lengths)]
     assert (settled[token.mask] - torch.cat(returns)).abs().max() <= 1e-4
+
+
+def test_what_a_view_says_of_some_rows_reaches_the_right_returns() -> None:
+    step = Prepared(method_of(RETURNS, views=[TeacherView()]))
+    mask, rows = step.batch.token.mask, int(step.batch.token.mask.sum())
+    index = torch.arange(rows).flip(0)
+    index[0] = -1
+    told = -torch.rand(rows)  # of row n it says told[index[n]], of the first nothing
+    reply = TeacherScores(sampled_logp=told, row_index=index)
+    batch = with_token(step.batch, views={"teacher": reply})
+    settled = steps.signal(
+        step.student, batch, step.method.objective, step.plan, 1000, fresh=True
+    ).token.coupled["advantage.sampled"]
+    student = step.by_hand(PLAIN).gather(-1, batch.token.tokens[mask].unsqueeze(-1)).squeeze(-1)
+    reward_ = told[index.clamp(min=0)] - student
+    reward_[0] = 0.0  # passed over
+    lengths = step.rollout.lengths.tolist()
+    returns = [part.flip(0).cumsum(0).flip(0) for part in torch.split(reward_, lengths)]
+    expected = torch.cat(returns)
+    expected[0] = 0.0
+    assert (settled[mask] - expected).abs().max() <= 1e-4
 
 
 def test_scheduled_weights_are_settled_with_the_method() -> None:

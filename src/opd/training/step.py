@@ -247,7 +247,8 @@ def signal(
     values = {key: known[key] for key in keys & known.keys()}
     for key in keys - values.keys():
         view = batch.token.views.get(key.view)
-        told = view.sampled_logp if view is not None and not key.smoothing else None
+        said_as_asked = view is not None and view.row_index is None and not key.smoothing
+        told = view.sampled_logp if view is not None and said_as_asked else None
         if key.name == "teacher_logp" and told is not None:
             values[key] = told
         elif key.name == "student_logp" and fresh and plan.same_policy:

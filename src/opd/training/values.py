@@ -26,6 +26,7 @@ from opd.types import (
     Stat,
     TokenBatch,
     pack_rows,
+    unanswered,
     unpack_rows,
 )
 
@@ -78,7 +79,10 @@ def value_states(
     bootstrap = critic.bootstrap(after, cut_off)
     values = unpack_rows(critic.values(fields[HIDDEN]), mask)
     gamma = float(dict(Bound.of(term.credit).knobs).get("gamma", 1.0))
-    targets = critic_targets(unpack_rows(fields[cost], mask), bootstrap, mask, gamma=gamma)
+    # a token that the view has no answer for costs nothing that is known
+    missing = unanswered(batch.token.views, term.against)
+    costs = fields[cost] if missing is None else fields[cost].masked_fill(missing, 0.0)
+    targets = critic_targets(unpack_rows(costs, mask), bootstrap, mask, gamma=gamma)
     own = chosen_rows(batch.token, term.rows)
     taught = pack_rows(own, mask)
     lesson = Lesson(fields[HIDDEN][taught], targets[own], _place(mask)[own])
