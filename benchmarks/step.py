@@ -58,6 +58,7 @@ from peers.trl_step import PHASES, random_model, run_trl_steps, trl_loss_and_gra
 TRL = "TRL DistillationTrainer"
 WARMUP_STEPS = 100
 WIDE_VOCABULARY = 32_768
+WIDE_BATCH = 16
 ROLLOUT_CASES = ("forced, batch 8", "forced, batch 64", "forced, batch 256")
 
 
@@ -72,10 +73,10 @@ class Case:
     new_tokens: int
 
 
-def embedded_case(folder: Path) -> Case:
+def embedded_case(folder: Path, warmup_steps: int) -> Case:
     """The embedded default's teacher, and its student after a supervised warm-up."""
     settings = {
-        "warmup.steps": WARMUP_STEPS,
+        "warmup.steps": warmup_steps,
         "train.steps": 0,
         "evaluate.every": 0,
         "evaluate.prompts": 1,
@@ -90,7 +91,7 @@ def embedded_case(folder: Path) -> Case:
     return Case("step, batch 64", student, teacher, batch=64, new_tokens=64)
 
 
-def wide_case(folder: Path) -> Case:
+def wide_case(folder: Path, batch: int) -> Case:
     """Random weights with a large vocabulary; every response reaches the limit.
 
     The end token's row of the unembedding is zero. Among logits of standard deviation 3 that is
@@ -103,8 +104,8 @@ def wide_case(folder: Path) -> Case:
         with torch.no_grad():
             model.get_input_embeddings().weight[tokenizer.eos_token_id] = 0.0
         save_model(wrap_model(model, tokenizer), folder / f"wide-{role}")
-    name = f"step, batch 16, V {WIDE_VOCABULARY:,}"
-    return Case(name, folder / "wide-student", folder / "wide-teacher", batch=16, new_tokens=32)
+    name = f"step, batch {batch}, V {WIDE_VOCABULARY:,}"
+    return Case(name, folder / "wide-student", folder / "wide-teacher", batch, new_tokens=32)
 
 
 def _wide_tokenizer() -> PreTrainedTokenizerBase:
@@ -361,17 +362,18 @@ def main() -> None:
     chosen = arguments.parse_args()
     options, alone = Options(chosen.quick, chosen.json, chosen.result), chosen.ours
     one_thread()
-    repeats, count = (2, 3) if options.quick else (7, 6)
+    repeats, count = (1, 3) if options.quick else (7, 6)
     wide_repeats, wide_count = (1, 1) if options.quick else (7, 2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        embedded, wide = embedded_case(folder), wide_case(folder)
+        embedded = embedded_case(folder, 30 if options.quick else WARMUP_STEPS)
+        wide = wide_case(folder, 4 if options.quick else WIDE_BATCH)
         rows = step_rows(embedded, folder, repeats=repeats, count=count, alone=alone)
         rows += step_rows(wide, folder, repeats=wide_repeats, count=wide_count, alone=alone)
         if not alone:
             rows += agreement_rows(OurSteps(embedded, folder).session())
     if not alone:
-        rows += rollout_rows(repeats=3 if options.quick else 15)
+        rows += rollout_rows(repeats=1 if options.quick else 15)
     report(rows, options)
 
 
