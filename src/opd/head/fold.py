@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,10 +24,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.fields import FIELDS, positional_names
-from opd.formula import divergence, support
+from opd.formula import support
+from opd.head import closed as forms
 from opd.objective import Objective
 from opd.terms import Dense
-from opd.types import Bound, FieldKey, TeacherScores, qualified_name
+from opd.types import Bound, FieldKey, TeacherScores
 
 # `opd.head.kernels` addresses both tuples by position.
 VALUES = (
@@ -41,22 +41,12 @@ VALUES = (
     "generalized_jsd",
     "mixture_mean",
 )
-"""Columns of what the first kernel returns; the last one serves the gradient of the JSD."""
+"""Columns of what the first kernel returns, the divergences under the names of their formulas; the
+last one serves the gradient of the JSD."""
 
 SLOPES = ("reverse_kl", "forward_kl", "student_entropy", "generalized_jsd", "student_logp")
 """Columns of the factors that the second kernel reads."""
 
-
-VALUE_OF_FORMULA: Mapping[str, str] = MappingProxyType(
-    {
-        qualified_name(formula): formula.__name__
-        for formula in (
-            divergence.reverse_kl,
-            divergence.forward_kl,
-            divergence.generalized_jsd,
-        )
-    }
-)
 
 KNOWN_FIELDS = frozenset(
     {
@@ -197,8 +187,7 @@ class FoldedFields:
 
     def closed(self, bound: Bound, view: str, smoothing: float) -> Tensor | None:
         """A divergence that the fold holds."""
-        name = VALUE_OF_FORMULA.get(bound.name)
-        return None if name is None else self._value(name)
+        return None if forms.of_a_pair(bound) is None else self._value(bound.short_name)
 
     def log_ratio(self, view: str) -> Float[Tensor, " n"]:
         """How much likelier the view finds the chosen token."""
@@ -277,12 +266,9 @@ def fold_weight(
             if place == "support":
                 continue
             if isinstance(term, Dense) and place == "divergence":
-                if bound.name not in VALUE_OF_FORMULA:
+                if forms.of_a_pair(bound) is None:
                     return None
-                if "teacher_weight" in (knobs := dict(bound.knobs)):
-                    if not 0 < knobs["teacher_weight"] < 1:
-                        return None  # which the formula itself has to say
-                    weights.add(float(knobs["teacher_weight"]))
+                weights.add(float(dict(bound.knobs).get("teacher_weight", 0.0)))
             elif not all(map(_is_folded, positional_names(bound.function))):
                 return None
     return max(weights) if len(weights) <= 2 else None

@@ -129,6 +129,16 @@ def add_weight_gradient(
         total.addmm_(gradient.T, hidden.to(total.dtype), beta=beta)
 
 
+def add_bias_gradient(
+    total: Float[Tensor, " V"], gradient: Float[Tensor, "n V"], *, first: bool
+) -> None:
+    """Add the rows of `gradient` to `total`, or write their sum over it if they are the first."""
+    if first:
+        torch.sum(gradient, 0, out=total)
+    else:
+        total.add_(gradient.sum(0))
+
+
 def _tiles(
     weight: Float[Tensor, "V H"], dtype: torch.dtype
 ) -> Iterator[tuple[slice, Float[Tensor, "v H"]]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -133,9 +134,9 @@ def visit(
     batch: Batch,
     objective: Objective | None,
     *,
+    budget: Budget,
     wanted: frozenset[FieldKey] = frozenset(),
     temperature: float = 1.0,
-    budget: Budget | None = None,
     asked: Asked = Asked(),
 ) -> Seen:
     """Evaluate an objective, or just look up fields, on every response row; see the module."""
@@ -143,7 +144,6 @@ def visit(
         raise ConfigError(f"{GRADIENT_NORM.name} is of an objective's loss, and there is none")
     for name, view in batch.token.views.items():
         check_reply(name, view, rows=hidden.shape[0])
-    budget = budget or budget_on(hidden.device)
     chunks = _Chunks(hidden, unembedding, batch, objective, wanted, temperature, asked, budget)
     seen = Seen(factors=chunks.factors)
     for rows, part in chunks:
@@ -178,16 +178,6 @@ class _Chunks:
         chunk_bytes = row_bytes + sum(map(_logit_bytes, batch.token.views.values()))
         self._chunk_size = _aligned(max(1, budget.chunk_bytes // chunk_bytes))
         self._block_size = max(1, budget.block_bytes // row_bytes)
-        self._teacher_weight = (
-            None
-            if batch.merge_ids or unembedding.soft_cap is not None
-            else fold.fold_weight(
-                objective,
-                wanted - {GRADIENT_NORM},
-                batch.token.views,
-                unembedding.vocab_size,
-            )
-        )
         self._buffers: dict[str, Tensor] = {}
         self._gradient_is_new = True
         self.factors = objective.reduction_factors(batch) if objective is not None else {}
@@ -231,8 +221,7 @@ class _Chunks:
                 self._of_weight[:real], factor, own, first=self._gradient_is_new
             )
         if self._of_bias is not None:
-            chunk = gradient.sum(0)
-            self._of_bias[:real] = chunk if self._gradient_is_new else self._of_bias[:real] + chunk
+            products.add_bias_gradient(self._of_bias[:real], gradient, first=self._gradient_is_new)
         self._gradient_is_new = False
 
     # -- chunks and blocks -------------------------------------------------------------------
@@ -285,7 +274,9 @@ class _Chunks:
         logits_of: Callable[[str], Tensor],
     ) -> Seen | None:
         """A chunk by the kernels of `opd.head.fold`; None where they do not say all of it."""
-        if self._teacher_weight is None or not fold.serves(logits, scores["teacher"].hidden):
+        if "teacher" not in scores or not fold.serves(logits, scores["teacher"].hidden):
+            return None
+        if self._teacher_weight is None:
             return None
         look_up = fold.FoldedFields(
             fold.Fold.of(
@@ -338,8 +329,7 @@ class _Chunks:
             self._note_replaced(look_up, seen)
             total = self._total(seen, rows)
         seen.fields = {
-            key: self._field(look_up, log_probs, key).detach()
-            for key in self._wanted - {GRADIENT_NORM}
+            key: self._field(look_up, key).detach() for key in self._wanted - {GRADIENT_NORM}
         }
         if self._differentiates:
             gradient = self._differentiate(total, leaf, look_up)
@@ -405,12 +395,10 @@ class _Chunks:
                 ids = look_up(term_key(term, "support_ids"))
                 seen.notes[f"empty/{label}/support"] = (ids < 0).all(-1).to(torch.float32)
 
-    def _field(self, look_up: BlockFields, log_probs: Tensor, key: FieldKey) -> Tensor:
+    def _field(self, look_up: BlockFields, key: FieldKey) -> Tensor:
         """A wanted field; the student's top ids are those of now, k of them by the support."""
-        if key == HIDDEN:
-            return look_up(key)
         if key.name == "student_top_ids" and key.support is not None:
-            return likeliest(log_probs, int(dict(key.support.knobs)["k"]))[1]
+            return likeliest(look_up.student_log_probs, int(dict(key.support.knobs)["k"]))[1]
         if key.name in byproducts.BY_PRODUCTS:
             value = byproducts.BY_PRODUCTS[key.name](look_up, key)
         else:
@@ -444,7 +432,7 @@ class _Chunks:
         if name == "student_top_ids":
             return token_field(token, name)[rows]
         if name == HIDDEN.name:
-            return self._hidden[rows].detach()
+            return self._hidden[rows]
         if name not in self._packed:
             settled = name.startswith(SETTLED)
             whole = (
@@ -455,6 +443,18 @@ class _Chunks:
                 packed = merged_tokens(packed, self._batch.merge_ids)
             self._packed[name] = packed
         return self._packed[name][rows]
+
+    @cached_property
+    def _teacher_weight(self) -> float | None:
+        """What the fold mixes with; None where it does not serve this visit."""
+        if self._batch.merge_ids or self._unembedding.soft_cap is not None:
+            return None
+        return fold.fold_weight(
+            self._objective,
+            self._wanted - {GRADIENT_NORM},
+            self._batch.token.views,
+            self._unembedding.vocab_size,
+        )
 
     def _leave_out_unanswered(self) -> None:
         """A row that a view does not answer is in no term against that view; some are in none."""
