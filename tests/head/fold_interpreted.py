@@ -172,3 +172,45 @@ def test_a_row_with_zero_mass_is_left_to_the_formulas(monkeypatch: Any) -> None:
     expected, gradient, _ = projected.answer(OBJECTIVES["forward KL, warm"])
     assert torch.equal(out.rows["loss/dense"], expected.rows["loss/dense"])
     assert torch.equal(hidden, gradient)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 16, 1000, 4097, 9000])
+def test_a_narrow_gradient_lies_where_the_logits_lay(vocab_size: int) -> None:
+    draw = torch.Generator().manual_seed(vocab_size)
+    student, teacher = (2 * torch.randn(3, vocab_size, generator=draw) for _ in range(2))
+    tokens = torch.randint(vocab_size, (3,), generator=draw)
+    factors = {name: torch.rand(3, generator=draw) for name in fold.SLOPES}
+    wide = fold.Fold.of(student.clone(), teacher, teacher_weight=0.3).write_gradient(
+        factors, tokens
+    )
+    folded = fold.Fold.of(student, teacher, teacher_weight=0.3)
+    narrow = folded.write_gradient(factors, tokens, torch.bfloat16)
+    assert narrow.data_ptr() == student.data_ptr()
+    assert (narrow.float() - wide).norm() <= 2**-7 * wide.norm()  # the interpreter truncates
+
+
+@pytest.mark.parametrize("name", ["reverse KL", "forward KL, warm", "gated sum"])
+def test_a_row_with_zero_mass_in_a_later_chunk_is_found_in_the_end(
+    name: str, monkeypatch: Any
+) -> None:
+    projected, head = Projected(), Projected().teacher.unembedding
+    assert fold.is_available("cpu")
+    hidden, weight_ = projected.teacher.hidden.clone(), head.weight.clone()  # type: ignore[union-attr]
+    hidden[:, 0], weight_[:, 0] = 0.0, 0.0
+    hidden[-1, 0], weight_[7, 0] = 1e38, -1e38  # the last row alone gives token 7 no mass
+    projected.teacher = replace(
+        projected.teacher,
+        hidden=hidden,
+        unembedding=replace(head, weight=weight_),  # type: ignore[type-var]
+    )
+    made, of = [], fold.Fold.of
+    monkeypatch.setattr(fold.Fold, "of", lambda *a, **k: made.append(1) or of(*a, **k))
+    out, *gradients = projected.answer(OBJECTIVES[name], chunk_bytes=9000)
+    assert len(made) == 2 * 3  # chunks of three rows, walked over twice
+    monkeypatch.setattr(fold, "serves", lambda logits, hidden: False)
+    expected, *others = projected.answer(OBJECTIVES[name], chunk_bytes=9000)
+    assert float(out.loss) == pytest.approx(float(expected.loss), rel=1e-6)  # type: ignore[arg-type]
+    for ours, theirs in zip(gradients, others, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-7, equal_nan=True)
+    for key, value in expected.rows.items():
+        assert torch.allclose(out.rows[key], value, rtol=1e-5, atol=1e-5), key

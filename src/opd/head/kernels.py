@@ -1,12 +1,18 @@
-"""Triton kernels of `opd.head.fold`; imported only where Triton is."""
+"""Triton kernels of `opd.head.fold`; imported only where Triton is.
+
+`no_type_check` keeps run-time checkers of annotations from wrapping a function that Triton parses.
+"""
 
 from __future__ import annotations
+
+from typing import no_type_check
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def fold_values(
     student_ptr,
     teacher_ptr,
@@ -74,13 +80,16 @@ def fold_values(
 
 
 @triton.jit
+@no_type_check
 def write_gradient(
+    gradient_ptr,
     student_ptr,
     teacher_ptr,
     values_ptr,
     factors_ptr,
     tokens_ptr,
     vocab_size,
+    gradient_stride,
     student_stride,
     teacher_stride,
     inverse_temperature,
@@ -90,30 +99,39 @@ def write_gradient(
     FACTORS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program a row and tile: every slope at once, over the student's logits."""
+    """One program a row: every slope at once, over the student's logits.
+
+    The gradient of a row starts where its logits start and is no wider, so walking forwards
+    overwrites logits that were read. Within the first tile a barrier sees to that.
+    """
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = offsets < vocab_size
-    student_place = student_ptr + row * student_stride + offsets
+    student_row = student_ptr + row * student_stride
+    teacher_row = teacher_ptr + row * teacher_stride
+    gradient_row = gradient_ptr + row * gradient_stride
     values = values_ptr + row * COLUMNS
     factors = factors_ptr + row * FACTORS
+    student_normaliser, teacher_normaliser = tl.load(values), tl.load(values + 1)
+    reverse_kl, student_entropy = tl.load(values + 2), tl.load(values + 4)
+    mixture_mean = tl.load(values + 7)
+    reverse, forward, entropy = tl.load(factors), tl.load(factors + 1), tl.load(factors + 2)
+    mixed, scored = tl.load(factors + 3) * (1.0 - teacher_weight), tl.load(factors + 4)
+    token = tl.load(tokens_ptr + row)
 
-    student = tl.load(student_place, mask=inside, other=0.0) * inverse_temperature
-    teacher = tl.load(teacher_ptr + row * teacher_stride + offsets, mask=inside, other=0.0)
-    student = student - tl.load(values)
-    teacher = teacher * inverse_temperature - tl.load(values + 1)
-    student_probs, teacher_probs = tl.exp(student), tl.exp(teacher)
-    log_ratio = student - teacher
-
-    reverse = tl.load(factors)
-    centred = reverse * (log_ratio - tl.load(values + 2))
-    centred -= tl.load(factors + 2) * (student + tl.load(values + 4))
-    forward, scored = tl.load(factors + 1), tl.load(factors + 4)
-    centred += forward - scored
-    if WITH_MIXTURE:
-        over_mixture = -tl.log(1.0 - teacher_weight + teacher_weight * tl.exp(-log_ratio))
-        mixed = tl.load(factors + 3) * (1.0 - teacher_weight)
-        centred += mixed * (over_mixture - tl.load(values + 7))
-    gradient = student_probs * centred - forward * teacher_probs
-    gradient += tl.where(offsets == tl.load(tokens_ptr + row), scored, 0.0)
-    tl.store(student_place, gradient, mask=inside)
+    for start in range(0, vocab_size, TILE):
+        offsets = start + tl.arange(0, TILE)
+        inside = offsets < vocab_size
+        student = tl.load(student_row + offsets, mask=inside, other=0.0)
+        teacher = tl.load(teacher_row + offsets, mask=inside, other=0.0)
+        student = student * inverse_temperature - student_normaliser
+        teacher = teacher * inverse_temperature - teacher_normaliser
+        student_probs, teacher_probs = tl.exp(student), tl.exp(teacher)
+        log_ratio = student - teacher
+        centred = reverse * (log_ratio - reverse_kl) - entropy * (student + student_entropy)
+        centred += forward - scored
+        if WITH_MIXTURE:
+            over_mixture = -tl.log(1.0 - teacher_weight + teacher_weight * tl.exp(-log_ratio))
+            centred += mixed * (over_mixture - mixture_mean)
+        gradient = student_probs * centred - forward * teacher_probs
+        gradient += tl.where(offsets == token, scored, 0.0)
+        tl.debug_barrier()
+        tl.store(gradient_row + offsets, gradient, mask=inside)

@@ -87,15 +87,13 @@ def through_transformations(
     return gradient
 
 
-def operand(
-    gradient: Float[Tensor, "n V"], hidden: Float[Tensor, "n H"], unembedding: Unembedding
-) -> Float[Tensor, "n V"]:
-    """The gradient on the plain products as the two products that follow take it.
+def operand_dtype(hidden: Float[Tensor, "n H"], unembedding: Unembedding) -> torch.dtype:
+    """The dtype in which the two products that follow take the gradient on the plain products.
 
-    Not in float16, whose range would have to hold what a single token contributes to a mean.
+    Never float16, whose range would have to hold what a single token contributes to a mean.
     """
     narrow = hidden.is_cuda and hidden.dtype == unembedding.weight.dtype == torch.bfloat16
-    return gradient.bfloat16() if narrow else gradient
+    return torch.bfloat16 if narrow else wide_dtype(hidden)
 
 
 def hidden_gradient_into(

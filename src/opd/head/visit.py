@@ -59,7 +59,7 @@ class Budget:
 
 
 CPU_BUDGET = Budget(chunk_bytes=128 * 2**20, block_bytes=2 * 2**20)
-CUDA_BUDGET = Budget(chunk_bytes=512 * 2**20, block_bytes=32 * 2**20)
+CUDA_BUDGET = Budget(chunk_bytes=640 * 2**20, block_bytes=32 * 2**20)
 
 
 def budget_on(device: torch.device) -> Budget:
@@ -145,9 +145,9 @@ def visit(
     for name, view in batch.token.views.items():
         check_reply(name, view, rows=hidden.shape[0])
     chunks = _Chunks(hidden, unembedding, batch, objective, wanted, temperature, asked, budget)
-    seen = Seen(factors=chunks.factors)
-    for rows, part in chunks:
-        seen.take(part, rows, hidden.shape[0])
+    seen = chunks.walk()
+    if not chunks.trust_held():
+        seen = chunks.walk()
     chunks.hand_over(seen)
     return seen
 
@@ -179,16 +179,33 @@ class _Chunks:
         self._chunk_size = _aligned(max(1, budget.chunk_bytes // chunk_bytes))
         self._block_size = max(1, budget.block_bytes // row_bytes)
         self._buffers: dict[str, Tensor] = {}
-        self._gradient_is_new = True
+        self._trusted: list[Tensor] = []
+        self._looks_at_every_fold = False
         self.factors = objective.reduction_factors(batch) if objective is not None else {}
         self._leave_out_unanswered()
         self._allocate_gradients()
 
-    def __iter__(self) -> Iterator[tuple[slice, Seen]]:
-        total = self._hidden.shape[0]
+    def walk(self) -> Seen:
+        """Visit all rows."""
+        self._gradient_is_new = True
+        total, seen = self._hidden.shape[0], Seen(factors=self.factors)
         for start in range(0, max(total, 1), self._chunk_size):
-            rows = slice(start, min(start + self._chunk_size, total))
-            yield from self._chunk(rows)
+            chunk = slice(start, min(start + self._chunk_size, total))
+            for rows, part in self._chunk(chunk):
+                seen.take(part, rows, total)
+        return seen
+
+    def trust_held(self) -> bool:
+        """Whether the folds that nobody looked at are finite; if not, another walk looks at each.
+
+        To look before going on would let the device wait at every chunk. Folds are finite unless
+        an entry has no mass, and then mostly in the first chunk already.
+        """
+        trusted, self._trusted = self._trusted, []
+        if not trusted or bool(torch.stack(trusted).all()):
+            return True
+        self._looks_at_every_fold = True
+        return False
 
     def hand_over(self, seen: Seen) -> None:
         """Give the gradients away."""
@@ -211,9 +228,13 @@ class _Chunks:
                 gradient[real:] = 0.0  # padding has no logit
 
     def _add_gradients(self, gradient: Float[Tensor, "n V"], rows: slice) -> None:
-        """Multiply the gradient on a chunk's plain products into those of the operands."""
+        """Multiply the gradient on a chunk's plain products into those of the operands.
+
+        Args:
+            gradient: in the dtype of the logits or, if nobody else reads it, of the products.
+        """
         real, own = self._unembedding.vocab_size, self._hidden[rows]
-        factor = products.operand(gradient, own, self._unembedding)
+        factor = gradient.to(products.operand_dtype(own, self._unembedding))
         if self._of_hidden is not None:
             products.hidden_gradient_into(self._of_hidden[rows], factor, self._unembedding)
         if self._of_weight is not None:
@@ -244,12 +265,14 @@ class _Chunks:
                 view_logits[name] = out
             return view_logits[name]
 
+        gradient = logits
         if (folded := self._folded(logits, rows, scores, logits_of)) is not None:
-            yield rows, folded
+            gradient, seen = folded
+            yield rows, seen
         else:
             yield from self._blocks(logits, rows, scores, logits_of)
         if self._asked.any:
-            self._add_gradients(logits, rows)
+            self._add_gradients(gradient, rows)
 
     def _blocks(
         self,
@@ -272,8 +295,9 @@ class _Chunks:
         rows: slice,
         scores: Mapping[str, TeacherScores],
         logits_of: Callable[[str], Tensor],
-    ) -> Seen | None:
-        """A chunk by the kernels of `opd.head.fold`; None where they do not say all of it."""
+    ) -> tuple[Tensor, Seen] | None:
+        """A chunk by the kernels of `opd.head.fold`: its gradient on the plain products, which
+        lies where the logits lay, and what was found. None where they do not say all of it."""
         if "teacher" not in scores or not fold.serves(logits, scores["teacher"].hidden):
             return None
         if self._teacher_weight is None:
@@ -288,16 +312,25 @@ class _Chunks:
             lambda name: self._rollout(name, rows),
             scores["teacher"],
         )
-        if not look_up.is_finite():
+        finite = look_up.is_finite()
+        if rows.start and not self._looks_at_every_fold:
+            self._trusted.append(finite)
+        elif not bool(finite):
+            self._looks_at_every_fold = True
             return None
         with torch.set_grad_enabled(self._differentiates):
             seen = self._evaluate(look_up, rows)
             total = self._total(seen, rows)
         seen.fields = {key: look_up(key).detach() for key in self._wanted - {GRADIENT_NORM}}
+        gradient = logits
         if self._differentiates:
-            seen.depends = look_up.write_gradient(total)
-            self._finish(logits if seen.depends else None, logits, rows, seen)
-        return _per_row(seen, rows)
+            written = look_up.write_gradient(total, self._folded_dtype)
+            seen.depends = written is not None
+            if written is None or written.dtype == logits.dtype:
+                self._finish(None if written is None else logits, logits, rows, seen)
+            else:
+                gradient = self._without_overlooked(written, rows)
+        return gradient, _per_row(seen, rows)
 
     def _block(
         self,
@@ -341,15 +374,20 @@ class _Chunks:
         self, gradient: Float[Tensor, "b V"] | None, logits: Tensor, rows: slice, seen: Seen
     ) -> None:
         """Write the gradient on the plain products over the logits; None: there is none."""
-        if gradient is None:
-            gradient = logits.zero_()
-        if self._overlooked is not None:
-            gradient.masked_fill_(self._overlooked[rows].unsqueeze(-1), 0.0)
+        gradient = self._without_overlooked(logits.zero_() if gradient is None else gradient, rows)
         if GRADIENT_NORM in self._wanted:
             seen.fields[GRADIENT_NORM] = gradient.norm(dim=-1)
         plain = products.through_transformations(gradient, logits, self._unembedding)
         if plain is not logits:
             logits.copy_(plain)
+
+    def _without_overlooked(
+        self, gradient: Float[Tensor, "b V"], rows: slice
+    ) -> Float[Tensor, "b V"]:
+        """The gradient, set to zero on rows that are in no term."""
+        if self._overlooked is not None:
+            gradient.masked_fill_(self._overlooked[rows].unsqueeze(-1), 0.0)
+        return gradient
 
     def _total(self, seen: Seen, rows: slice) -> Float[Tensor, ""]:
         return sum_terms([(seen.losses[name], self.factors[name][rows]) for name in seen.losses])
@@ -455,6 +493,16 @@ class _Chunks:
             self._batch.token.views,
             self._unembedding.vocab_size,
         )
+
+    @cached_property
+    def _folded_dtype(self) -> torch.dtype:
+        """What a fold writes its gradient in: what the products take, if nobody else reads it."""
+        read = (
+            GRADIENT_NORM in self._wanted
+            or self._of_bias is not None
+            or self._unembedding.logit_scale != 1.0
+        )
+        return self._dtype if read else products.operand_dtype(self._hidden, self._unembedding)
 
     def _leave_out_unanswered(self) -> None:
         """A row that a view does not answer is in no term against that view; some are in none."""
