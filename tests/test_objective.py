@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opd import methods
-from opd.formula import credit, divergence, reward, support, surrogate, weight
+from opd.formula import credit, divergence, regulariser, reward, support, surrogate, weight
 from opd.objective import (
     Dense,
     Method,
     Objective,
+    Regulariser,
     Sampled,
     chosen_rows,
     describe,
@@ -452,3 +453,42 @@ def test_a_clipped_surrogate_reads_the_weights_of_the_rollout() -> None:
     advantage = plain.head.rows["log_ratio"]
     assert (stale.gradient[advantage > 0] == 0).all()
     assert (stale.gradient[advantage < 0] != 0).any()
+
+
+# --------------------------------------------------------------------------------------------
+# Views that are scores of tokens, and what weights see
+
+
+GAINED = TeacherView(
+    "teacher.gained", "combination", parts=(("teacher", 1.0), ("student", -1.0)), normalised=False
+)
+
+
+def test_a_score_of_tokens_is_refused_where_a_distribution_is_asked() -> None:
+    views = (TeacherView(), GAINED)
+    scored = Sampled(reward=reward.teacher_log_ratio, against="teacher.gained")
+    Method(Objective(scored), views=views)
+    for term, asked in (
+        (Dense(divergence.reverse_kl, against="teacher.gained"), "teacher_log_probs"),
+        (replace(scored, baseline=credit.expected_reward), "reverse_kl"),
+        (replace(scored, weights=(partial(weight.teacher_entropy_above, nats=1.0),)), "entropy"),
+    ):
+        with pytest.raises(ValueError, match=rf"{asked}.*'teacher.gained', which is not norm"):
+            Method(Objective(term), views=views)
+    with pytest.raises(ValueError, match=r"smooths the view .teacher\.gained."):
+        Method(Objective(replace(scored, smoothing=0.1)), views=views)
+
+
+def test_a_weight_sees_whole_entropies_and_a_penalty_those_of_its_support() -> None:
+    gate = partial(weight.teacher_entropy_above, nats=1.0)
+    few = {"support": partial(support.teacher_top_k, k=3), "tail": "bucket"}
+    gated = Objective(Dense(divergence.forward_kl, weights=(gate,), **few))
+    assert Need("teacher", "teacher_entropy", "full") in gated.needs
+    penalised = Objective(Regulariser(regulariser.entropy_bonus, **few))
+    assert Need("student", "student_entropy", "teacher_top_k", 3) in penalised.needs
+    case = Case.random(0)
+    entropy = -(lambda p: (p.exp() * p).sum(-1))(
+        case.rows(case.teacher_logits["teacher"]).log_softmax(-1)
+    )
+    notes = evaluate(case, gated).head.stats["weight/dense/teacher_entropy_above"]
+    assert notes.total == float((entropy > 1.0).sum())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from opd import schedule
 from opd.errors import ConfigError
-from opd.schedule import Cosine, Linear, Schedule, Switch
+from opd.schedule import Cosine, Linear, Schedule, Step, Switch, rescaled
 from opd.types import Stat
 
 BY_STEP = [getattr(schedule, name) for name in schedule.__all__ if name != "Switch"]
@@ -25,6 +25,7 @@ def test_values_by_hand() -> None:
     assert [at(Linear(0.0, 1.0, 4), step) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     cosine = [at(Cosine(1.0, 0.0, 4), step) for step in (0, 1, 2, 4, 9)]
     assert cosine == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0, 0], abs=1e-15)
+    assert [at(Step(1.0, 0.2, 3), step) for step in range(5)] == [1, 1, 1, 0.2, 0.2]
 
 
 @each_kind
@@ -100,3 +101,26 @@ def test_a_switch_that_watches_nothing_measured_says_so_once_something_was() -> 
 def test_a_switch_needs_one_threshold_and_a_name(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Switch(0.0, 1.0, **knobs)
+
+
+def test_a_rescaled_schedule_is_rescaled_at_every_step() -> None:
+    assert rescaled(3.0, times=-1.0, plus=2.0) == -1.0
+    switch = Switch(0.2, 0.8, "student/entropy", above=1.0)
+    for made in (Linear(1.0, 1.5, 4), Cosine(1.0, 0.2, 4), Step(1.0, 0.5, 2), switch):
+        changed = rescaled(made, times=-1.0, plus=2.0)
+        assert isinstance(changed, Schedule)
+        assert [at(changed, step) for step in range(6)] == pytest.approx(
+            [2.0 - at(made, step) for step in range(6)]
+        )
+
+
+def test_a_schedule_of_the_users_own_cannot_be_rescaled() -> None:
+    class Own:
+        def at(self, step: int, stats: Any, state: object) -> tuple[float, object]:
+            return 1.0, state
+
+        def reachable(self) -> tuple[float, float]:
+            return 1.0, 1.0
+
+    with pytest.raises(ValueError, match="cannot be rescaled; use one of Cosine, Linear"):
+        rescaled(Own(), times=2.0)

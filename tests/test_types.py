@@ -267,3 +267,18 @@ def test_the_nearest_name_or_all_of_them() -> None:
     assert nearest("gama", ["gamma", "meaning"]) == "Did you mean 'gamma'?"
     assert nearest("x", ["gamma", "meaning"]) == "Valid: gamma, meaning."
     assert nearest("x", []) == "Nothing is valid here."
+
+
+def test_only_a_combination_can_be_left_without_its_normaliser() -> None:
+    with pytest.raises(ValueError, match="normalised = false belongs to source = 'combination'"):
+        TeacherView("teacher.x", normalised=False)
+    made = TeacherView("teacher.x", "combination", parts=(("teacher", 1.0),), normalised=False)
+    with pytest.raises(ValueError, match=r"combines 'teacher.x', which is not normalised"):
+        with_parts(
+            ["teacher.y"],
+            [
+                TeacherView(),
+                made,
+                TeacherView("teacher.y", "combination", parts=(("teacher.x", 1.0),)),
+            ],
+        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Iterable
 
 
@@ -32,10 +34,39 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
+MOST_NAMED = 40
+"""Valid names that are listed where none is close."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for a close match, otherwise the list of valid names."""
+    """` Did you mean 'x'?` for a close match, otherwise the list of valid names.
+
+    Upper case, hyphens and underscores make no difference. Of a long list only some are named.
+    """
     options = sorted(valid)
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    plain = {_plain(option): option for option in reversed(options)}
+    close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.6)
     if close:
-        return f"Did you mean {close[0]!r}?"
-    return f"Valid: {', '.join(options)}." if options else "Nothing is valid here."
+        return f"Did you mean {plain[close[0]]!r}?"
+    more = f" and {len(options) - MOST_NAMED} more" if len(options) > MOST_NAMED else ""
+    named = ", ".join(options[:MOST_NAMED])
+    return f"Valid: {named}{more}." if options else "Nothing is valid here."
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_]", "", name).casefold()
+
+
+def check_share(knob: str, value: float) -> None:
+    """Refuse what is no share of something, a share of nothing included."""
+    if not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"{knob} is a share in (0, 1], got {value}; to leave the gate open everywhere, leave "
+            "it out of the weights"
+        )
+
+
+def check_not_negative(knob: str, value: float) -> None:
+    """Refuse a number below 0, and one that is not finite."""
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{knob} must be a finite number >= 0, got {value}")

@@ -116,6 +116,13 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
             "support",
             "opd.formula.divergence.total_variation",
         ),
+        "jensen_shannon": Field(
+            "*n",
+            "Jensen-Shannon divergence on the support",
+            "both",
+            "support",
+            "opd.formula.divergence.jensen_shannon",
+        ),
         "student_entropy": Field(
             "*n",
             "entropy of the student on the support",

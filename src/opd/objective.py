@@ -22,6 +22,7 @@ from torch import Tensor
 
 from opd.fields import FIELDS, is_coupled, positional_names
 from opd.formula import reward as rewards
+from opd.formula import support as supports
 from opd.schedule import Schedule
 from opd.terms import (
     REDUCTIONS,
@@ -37,6 +38,7 @@ from opd.terms import (
     field_key,
     is_number,
     parts,
+    sees_everything,
     source_label,
     term_key,
     top_size,
@@ -148,8 +150,8 @@ class Objective:
         """Everything the formulas read, as (view, field, support, k), over all schedules."""
         found: set[Need] = set()
         for _, term in self.parts():
-            for name, reader in _asked(term):
-                found |= set(_need(term, name, reader))
+            for asked in _asked(term):
+                found |= set(_need(term, *asked))
         if (taught := self.critic_term) is not None:  # what a critic learns from
             found.add(Need("student", "log_probs", "full"))
             found.add(Need(taught.against, "log_probs", "full"))
@@ -157,7 +159,7 @@ class Objective:
 
     def field_names(self) -> frozenset[str]:
         """Names of all fields that some slot asks for."""
-        return frozenset(name for _, term in self.parts() for name, _ in _asked(term))
+        return frozenset(name for _, term in self.parts() for name, *_ in _asked(term))
 
     @property
     def is_off(self) -> bool:
@@ -175,7 +177,7 @@ class Objective:
         found = [
             term
             for _, term in self.sampled()
-            if any(_provider(name) == "critic" for name, _ in _asked(term))
+            if any(_provider(name) == "critic" for name, *_ in _asked(term))
         ]
         for term in found:
             paid = Bound.of(term.reward).function
@@ -236,9 +238,9 @@ class Objective:
     def signal_keys(self) -> frozenset[FieldKey]:
         """The per-row fields the signal phase starts from."""
         keys: set[FieldKey] = set()
-        for _, term, bound in self._signal_slots():
+        for term, place, bound in self._signal_slots():
             keys |= {
-                term_key(term, name, bound)
+                term_key(term, name, bound, place)
                 for name in positional_names(bound.function)
                 if name in FIELDS and _is_computed(name) and name != "student_top_ids"
             }
@@ -246,8 +248,36 @@ class Objective:
 
     def reads_its_view(self, term: Term) -> bool:
         """Whether a term asks anything of the view that it is against."""
-        asked = (need for name, reader in _asked(term) for need in _need(term, name, reader))
-        return any(need.view == term.against for need in asked)
+        needs = (need for asked in _asked(term) for need in _need(term, *asked))
+        return any(need.view == term.against for need in needs)
+
+    def check_reads_tokens_of(self, view: str) -> None:
+        """Refuse terms that take a view for a distribution where it is a score of tokens.
+
+        Raises:
+            ValueError: names the term, the formula and what it asks for.
+        """
+        for label, term in self.parts():
+            if term.against != view:
+                continue
+            if term.smoothing:
+                raise ValueError(
+                    f"{label!r} smooths the view {view!r}, which is not normalised and so is no "
+                    "distribution; leave the smoothing out"
+                )
+            asked = (
+                (place, bound, name)
+                for place, bound in term.slots()
+                for name in positional_names(bound.function)
+                if name in FIELDS and FIELDS[name].side in ("view", "both")
+            )
+            for place, bound, name in asked:
+                if name not in ("teacher_logp", "teacher_support_logp"):
+                    raise ValueError(
+                        f"{place} of {label!r}: {bound.name} asks for {name!r} of the view "
+                        f"{view!r}, which is not normalised and so is no distribution; read "
+                        "teacher_logp or teacher_support_logp, or normalise it"
+                    )
 
     def signal(
         self, token: TokenBatch, values: Mapping[FieldKey, Tensor]
@@ -278,23 +308,23 @@ class Objective:
             if isinstance(term, Sampled):
                 yield label, term
 
-    def _signal_slots(self) -> Iterator[tuple[str, Term, Bound]]:
-        """The functions that run in the signal phase, with their terms."""
+    def _signal_slots(self) -> Iterator[tuple[Term, str, Bound]]:
+        """The functions that run in the signal phase, with their terms and places."""
         advantages = {label for label, term in self.sampled() if term.advantage_is_coupled}
         for label, term in self.parts():
             keeps_mass = term.preserve_mass and bool(term.weights)
             if keeps_mass and isinstance(term, Sampled):
                 advantages.add(label)
-            for _, bound in weight_slots(term):
+            for place, bound in weight_slots(term):
                 if not keeps_mass and not is_coupled(bound.function):
                     continue
-                yield label, term, bound
+                yield term, place, bound
                 if (read := advantage_read(label, term, bound)) is not None:
                     advantages.add(self.sampled_label(read))
         for label, sampled in self.sampled():
             if label in advantages:
-                for _, bound in sampled.advantage_slots():
-                    yield label, sampled, bound
+                for place, bound in sampled.advantage_slots():
+                    yield sampled, place, bound
 
     def sampled_label(self, read: str) -> str:
         """The label of the sampled term that `of = read` means: its own, or its route's."""
@@ -360,6 +390,8 @@ class Method:
 
     def __post_init__(self) -> None:
         with_parts({*self.objective.views(), *(view.name for view in self.views)}, self.views)
+        for name in (view.name for view in self.views if not view.normalised):
+            self.objective.check_reads_tokens_of(name)
 
     def at(self, step: int, stats: Mapping[str, Stat], state: Any) -> tuple[Method, Any]:
         """The method as it stands at `step`, schedules settled, and the state to keep. Pure."""
@@ -585,16 +617,20 @@ class _SignalPhase:
 # What a term's functions ask for
 
 
-def _asked(term: Term) -> Iterator[tuple[str, Bound]]:
-    """(field, reader) pairs, with formulas on a support unfolded into what they read."""
-    for _, bound in term.slots():
+def _asked(term: Term) -> Iterator[tuple[str, Bound, bool]]:
+    """Fields, their readers, and whether they read the whole vocabulary whatever the support.
+
+    Formulas on a support are unfolded into what they read.
+    """
+    for place, bound in term.slots():
         for name in positional_names(bound.function):
-            yield name, bound
+            whole = sees_everything(place, name)
+            yield name, bound, whole
             if "." in _provider(name):
                 if FIELDS[name].side in ("student", "both"):
-                    yield "student_log_probs", bound
+                    yield "student_log_probs", bound, whole
                 if FIELDS[name].side in ("view", "both"):
-                    yield "teacher_log_probs", bound
+                    yield "teacher_log_probs", bound, whole
 
 
 def _provider(name: str) -> str:
@@ -606,11 +642,11 @@ def _is_computed(name: str) -> bool:
     return FIELDS[name].side != "none" or FIELDS[name].provider == "support"
 
 
-def _need(term: Term, name: str, reader: Bound) -> Iterator[Need]:
+def _need(term: Term, name: str, reader: Bound, whole: bool) -> Iterator[Need]:
     entry = FIELDS.get(name)
     if entry is None or entry.side == "none":
         return
-    support = Bound.of(term.support)
+    support = Bound.of(supports.full if whole else term.support)
     where = {
         "none": "",
         "sampled": "sampled",

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from opd.errors import ConfigError, nearest
 
-__all__ = ["Cosine", "Linear", "Switch"]
+__all__ = ["Cosine", "Linear", "Step", "Switch"]
 
 
 @runtime_checkable
@@ -68,6 +68,24 @@ class Cosine:
 
     def reachable(self) -> tuple[float, float]:
         return min(self.start, self.end), max(self.start, self.end)
+
+
+@dataclass(frozen=True)
+class Step:
+    """`before` in the first `steps` steps, then `after`: two phases of one run."""
+
+    before: float
+    after: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check(self.before, self.after, self.steps, names=("before", "after"))
+
+    def at(self, step: int, stats: Mapping[str, Any], state: object) -> tuple[float, object]:
+        return (self.before if step < self.steps else self.after), state
+
+    def reachable(self) -> tuple[float, float]:
+        return min(self.before, self.after), max(self.before, self.after)
 
 
 @dataclass(frozen=True)
@@ -127,13 +145,32 @@ class Switch:
         return min(self.before, self.after), max(self.before, self.after)
 
 
+def rescaled(value: float | Schedule, *, times: float = 1.0, plus: float = 0.0) -> float | Schedule:
+    """`times * value + plus`, of a number or at every step of a schedule of this module.
+
+    Raises:
+        ValueError: another schedule, of which only its values are known.
+    """
+    if not isinstance(value, Schedule):
+        return times * value + plus
+    ends = {
+        name: times * getattr(value, name) + plus
+        for name in ("start", "end", "before", "after")
+        if hasattr(value, name)
+    }
+    if not ends or not is_dataclass(value):
+        raise ValueError(f"{value!r} cannot be rescaled; use one of {', '.join(__all__)}")
+    changed: Schedule = replace(value, **ends)
+    return changed
+
+
 def _comes_and_goes(statistic: str) -> bool:
     """Whether a metric may be missing of a step, though later steps measure it."""
     return statistic.startswith("rollout/") or statistic in ("student/entropy", "teacher/log_ratio")
 
 
-def _check(start: float, end: float, steps: int) -> None:
-    for name, value in (("start", start), ("end", end)):
+def _check(start: float, end: float, steps: int, names: tuple[str, str] = ("start", "end")) -> None:
+    for name, value in zip(names, (start, end), strict=True):
         _check_number(name, value)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"a schedule needs steps >= 1, got {steps!r}")

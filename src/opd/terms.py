@@ -243,7 +243,7 @@ class Sampled:
         # an infinite advantage that nobody looks at would be NaN on the way back
         held = torch.where(looked_at, advantage, 0.0)
         bound = Bound.of(self.surrogate)
-        value = _call(self, bound, evaluation, label, advantage=held)
+        value = _call(self, bound, evaluation, label, {"advantage": held})
         value = _per_row(bound, value, evaluation)
         return _scaled(self, label, value, torch.where(looked_at, factor, 0.0))
 
@@ -251,7 +251,7 @@ class Sampled:
         """Reward, outcome, credit, outcome, minus the baseline; shaped as the fields, detached."""
 
         def call(slot: Slot, **given: Tensor) -> Tensor:
-            return _call(self, slot, evaluation, label, **given)
+            return _call(self, slot, evaluation, label, given)
 
         reward = call(self.reward)
         for joins_before in self._outcomes("reward"):
@@ -367,7 +367,7 @@ class Routed:
         given = {"advantage": evaluation.advantage(source_label(label))}
 
         def call(slot: Slot) -> Tensor:
-            return _call(self, slot, evaluation, label, **given)
+            return _call(self, slot, evaluation, label, given)
 
         for name, slot in (
             ("routing_score", self.score),
@@ -403,7 +403,7 @@ class Routed:
             evaluation.note(f"gate/{label}/{bound.short_name}", factor)
             gate = gate * factor
         evaluation.note(f"routed/{label}", gate)
-        leak = _call(self, routings.leak, evaluation, label, **given)
+        leak = _call(self, routings.leak, evaluation, label, given)
         evaluation.note(f"leak/{label}", torch.where(advantage < 0, leak, math.nan))
         return torch.where(evaluation.chosen(self), gate, 0.0)
 
@@ -474,8 +474,22 @@ def field_key(
     return FieldKey(name, against, support, tail, smoothed)
 
 
-def term_key(term: Term, name: str, reader: Bound | None = None) -> FieldKey:
-    """The field `name` as the term's function `reader` sees it."""
+ENTROPIES = frozenset({"student_entropy", "teacher_entropy"})
+
+
+def sees_everything(place: str, name: str) -> bool:
+    """Whether a function in a place reads a field of the whole vocabulary, whatever the support.
+
+    How sure a model is does not depend on which tokens a term compares, so the entropies that a
+    weight or a gate reads are of whole distributions. A penalty's is of what the term compares.
+    """
+    return name in ENTROPIES and place.startswith(("weights", "gates"))
+
+
+def term_key(term: Term, name: str, reader: Bound | None = None, place: str = "") -> FieldKey:
+    """The field `name` as the term's function `reader` sees it in its place."""
+    if sees_everything(place, name):
+        return field_key(name, term.against, smoothing=term.smoothing)
     if name in FIELDS and FIELDS[name].scope == "top":
         return field_key(name, term.against, top_k(name, reader))
     return field_key(name, term.against, Bound.of(term.support), term.tail, term.smoothing)
@@ -516,10 +530,17 @@ def weight_factor(
     """The factors of one weight or gate, detached."""
     if (read := advantage_read(label, term, bound)) is not None:
         given["advantage"] = evaluation.advantage(read)
-    return _call(term, bound, evaluation, label, **given).detach()
+    return _call(term, bound, evaluation, label, given, place="weights").detach()
 
 
-def _call(term: Term, slot: Slot, evaluation: Evaluation, label: str, **given: Tensor) -> Tensor:
+def _call(
+    term: Term,
+    slot: Slot,
+    evaluation: Evaluation,
+    label: str,
+    given: Mapping[str, Tensor] = MappingProxyType({}),
+    place: str = "",
+) -> Tensor:
     """The formula's answer; whatever goes wrong inside it is told as the formula's fault."""
     bound = Bound.of(slot)
 
@@ -528,7 +549,7 @@ def _call(term: Term, slot: Slot, evaluation: Evaluation, label: str, **given: T
             return given[name]
         if name == "mask":
             return evaluation.mask(term)
-        return evaluation.field(term_key(term, name, bound))
+        return evaluation.field(term_key(term, name, bound, place))
 
     arguments = [read(name) for name in positional_names(bound.function)]
     with _blamed(bound):

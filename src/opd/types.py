@@ -277,7 +277,10 @@ class TeacherView:
         log view = sum_k weight_k * log part_k - logsumexp_v(sum_k weight_k * log part_k)
 
     Its weights have any sign and any sum. A part is the name of another view, or `student`: the
-    student's own distribution at the moment of the comparison, detached.
+    student's own distribution at the moment of the comparison, detached. With `normalised` off the
+    second term is left out: the combination is then a score of single tokens, such as the log-ratio
+    of two teachers, and no distribution. It costs one number per token and part, and may be read as
+    `teacher_logp` or `teacher_support_logp` alone.
 
     Attributes:
         name: how terms refer to it: `teacher`, `teacher.NAME` or `reference`.
@@ -291,6 +294,7 @@ class TeacherView:
             schedule.
         decay: of `ema_student`, in (0, 1): average <- decay * average + (1 - decay) * student
             after each optimizer step.
+        normalised: of a combination: whether it is a distribution.
     """
 
     name: str = "teacher"
@@ -298,6 +302,7 @@ class TeacherView:
     context: str = ""
     parts: tuple[tuple[str, float | Schedule], ...] = ()
     decay: float = 0.0
+    normalised: bool = True
 
     def __post_init__(self) -> None:
         if not self.name or self.name == STUDENT_PART:
@@ -323,6 +328,11 @@ class TeacherView:
             raise ValueError(
                 f"view {self.name!r}: parts belong to source = 'combination', which needs at least "
                 f"one; got source = {self.source!r}, parts = {self.parts!r}"
+            )
+        if not isinstance(self.normalised, bool) or (not self.normalised and not self.parts):
+            raise ValueError(
+                f"view {self.name!r}: normalised = false belongs to source = 'combination'; got "
+                f"source = {self.source!r}, normalised = {self.normalised!r}"
             )
         if self.parts:
             self._check_parts()
@@ -386,6 +396,11 @@ def with_parts(names: Iterable[str], views: Iterable[TeacherView]) -> tuple[Teac
             raise ValueError(
                 f"{inside} the view {name!r}, which the method does not declare; declared: "
                 f"{', '.join(sorted(known)) or 'none'}"
+            )
+        if above and not known[name].normalised:
+            raise ValueError(
+                f"the view {above[-1]!r} combines {name!r}, which is not normalised and so is no "
+                "distribution; combine the parts of it instead"
             )
         for part, _ in known[name].parts:
             if part != STUDENT_PART:
@@ -590,6 +605,7 @@ class TeacherScores:
         hidden: last hidden states; `unembedding` turns them into logits.
         log_probs: the whole distribution.
         parts: of a combination, (view, weight) pairs; the head combines their distributions.
+        normalised: of a combination: whether it is one, or the bare weighted sum of its parts.
             Ids that count as one (`Batch.merge_ids`) are merged already in whatever names single
             tokens: their mass stands under the group's first id.
         provenance: revision, template and tokenizer hashes, as the teacher states them.
@@ -612,6 +628,7 @@ class TeacherScores:
     log_probs: Float[Tensor, "M W"] | None = None
     unembedding: Unembedding | None = None
     parts: tuple[tuple[str, float], ...] = ()
+    normalised: bool = True
     provenance: Mapping[str, str] = field(default_factory=dict)
     row_index: Int[Tensor, " N"] | None = None
     id_map: Int[Tensor, " V"] | None = None

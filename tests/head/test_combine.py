@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd.errors import TeacherError
 from opd.formula import divergence, reward
-from opd.head.combine import log_linear
+from opd.head.combine import log_linear, log_sum
 from opd.objective import Dense, Objective, Sampled
 from opd.rollout.pack import with_token
 from opd.types import STUDENT_PART, Batch, FieldKey, TeacherScores
@@ -228,3 +228,61 @@ def test_a_part_that_nobody_scored_is_named() -> None:
             FieldKey("teacher_log_probs", "teacher.mix"),
             batch=combined(case, teacher=1.0, reference=0.5),
         )
+
+
+# --------------------------------------------------------------------------------------------
+# Sums that are not normalised
+
+
+def test_a_sum_is_the_weighted_log_probabilities_of_the_same_tokens() -> None:
+    parts = {"a": torch.tensor([-1.0, -2.0]), "b": torch.tensor([-4.0, -0.5])}
+    assert log_sum("v", parts, {"a": 2.0, "b": -1.0}).tolist() == [2.0, -3.5]
+    assert log_sum("v", {"a": parts["a"]}, {"a": 1.0, "b": 0.0}).tolist() == [-1.0, -2.0]
+
+
+def test_a_sum_that_would_be_infinite_names_the_part() -> None:
+    parts = {"a": torch.tensor([-1.0]), "b": torch.tensor([-math.inf])}
+    with pytest.raises(TeacherError, match=r"'v' is infinite: the part 'b' has weight -1"):
+        log_sum("v", parts, {"a": 1.0, "b": -1.0})
+    assert log_sum("v", parts, {"a": 1.0, "b": 0.5}).tolist() == [-math.inf]
+
+
+SUM = (("teacher", 1.5), ("teacher.other", -0.5), ("student", 0.25))
+
+
+def sums(case: Case) -> Batch:
+    batch = case.batch()
+    views = {**batch.token.views, "teacher.sum": TeacherScores(parts=SUM, normalised=False)}
+    return with_token(batch, views=views)
+
+
+def test_a_term_against_a_sum_reads_what_its_parts_say_of_the_token() -> None:
+    case = Case.random(3, views=("teacher", "teacher.other"))
+    objective = Objective(Sampled(reward=reward.teacher_log_ratio, against="teacher.sum"))
+    found = evaluate(case, objective, sums(case))
+    tokens = case.rows(case.tokens).unsqueeze(-1)
+
+    def logp(logits: Tensor) -> Tensor:
+        return case.rows(logits).log_softmax(-1).gather(-1, tokens).squeeze(-1)
+
+    own = logp(case.student_logits)
+    teacher, other = (logp(case.teacher_logits[name]) for name in ("teacher", "teacher.other"))
+    advantage = 1.5 * teacher - 0.5 * other + 0.25 * own - own
+    assert found.loss == pytest.approx(float(-(advantage * own).mean()), abs=1e-12)
+    score = torch.zeros_like(found.gradient).scatter(1, tokens, 1.0)
+    score = score - case.rows(case.student_logits).softmax(-1)
+    expected = -advantage.unsqueeze(-1) * score / len(own)
+    assert (found.gradient - expected).abs().max() <= 1e-15
+
+
+def test_a_sum_of_one_part_is_that_view_to_the_bit() -> None:
+    case = Case.random(4)
+    batch = case.batch()
+    views = {
+        **batch.token.views,
+        "teacher.sum": TeacherScores(parts=(("teacher", 1.0),), normalised=False),
+    }
+    plain = Objective(Sampled(reward=reward.teacher_log_ratio))
+    summed = Objective(Sampled(reward=reward.teacher_log_ratio, against="teacher.sum"))
+    found = evaluate(case, summed, with_token(batch, views=views))
+    assert torch.equal(found.gradient, evaluate(case, plain).gradient)

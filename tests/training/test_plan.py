@@ -251,3 +251,23 @@ def test_the_plan_counts_the_students_visits_as_they_happen(name: str, updates: 
         steps.update(student, batch, objective, 1000, step=1)
     said = visits(plan)
     assert counts == {name: said.get(name, 0) for name in counts}
+
+
+def test_a_score_of_tokens_asks_one_number_of_its_parts() -> None:
+    gained = TeacherView(
+        "teacher.gained",
+        "combination",
+        parts=(("teacher", 1.0), ("teacher.before", -1.0)),
+        normalised=False,
+    )
+    views = (TeacherView(), TeacherView("teacher.before"), gained)
+    term = Sampled(reward=reward.teacher_log_ratio, against="teacher.gained")
+    plan = make_plan(Method(Objective(term), views=views), SamplerSettings())
+    for part in ("teacher", "teacher.before"):
+        assert {need.field for need in plan.needs if need.view == part} == {"logp"}
+        assert not reply_is_distribution(plan.needs, part)
+    whole = make_plan(
+        Method(Objective(term), views=(*views[:2], replace(gained, normalised=True))),
+        SamplerSettings(),
+    )
+    assert reply_is_distribution(whole.needs, "teacher.before")

@@ -27,7 +27,7 @@ from opd.teacher.local import LocalTeacher
 from opd.teacher.self_teacher import AverageTeacher
 from opd.training import step as steps
 from opd.training.check import check, examine
-from opd.training.config import Run
+from opd.training.config import Run, load
 from opd.training.explain import explain
 from opd.training.loop import train_run
 from opd.training.plan import Plan, make_plan
@@ -439,3 +439,54 @@ def test_explain_says_whose_distribution_a_view_is_and_what_it_reads(tmp_path: P
     (scored,) = (part for part in said.passes if part.name == "score")
     assert (scored.model, scored.per_rollout) == ("teacher", 2)
     assert "{response}#{prompt}" in scored.why
+
+
+# --------------------------------------------------------------------------------------------
+# Further teachers
+
+
+def two_teachers(tmp_path: Path, *overrides: str, **teachers: str) -> Run:
+    run_file = tmp_path / "run.toml"
+    tables = "".join(f'[teachers.{name}]\nmodel = "{model}"\n' for name, model in teachers.items())
+    run_file.write_text(
+        '[student]\nmodel = "builtin:sort-student"\n[teacher]\nmodel = "builtin:sort-teacher"\n'
+        f'{tables}[data]\nprompts = "task:sort"\nheld_out = 2\n[method]\nname = "compass_opd"\n'
+        "[train]\nsteps = 2\nprompts_per_step = 4\nsave_every = 0\n[sampler]\nmax_new_tokens = 8\n"
+        "[evaluate]\nevery = 0\nprompts = 2\ntest_prompts = 2\nteacher = false\n"
+        "[log]\nsamples_per_step = 0\n"
+    )
+    return load(run_file, ["--output", str(tmp_path / "runs"), "--device", "cpu", *overrides])
+
+
+def test_a_further_teacher_scores_the_view_of_its_name(tmp_path: Path) -> None:
+    run = two_teachers(tmp_path, before="builtin:sort-student")
+    session = open_session(run)
+    scorers = session.teachers
+    assert set(scorers) == {"teacher", "teacher.before"}
+    assert scorers["teacher"] is not scorers["teacher.before"]
+    reports = [report for report in train_run(run, session=session) if report.step]
+    assert [report.step for report in reports][:2] == [1, 2]
+    memory = {part.what for part in examine(run).memory}
+    assert {"teacher weights", "further teachers' weights"} <= memory
+
+
+def test_a_combination_of_a_model_with_itself_is_refused_and_found_by_the_check(
+    tmp_path: Path,
+) -> None:
+    run = two_teachers(tmp_path)
+    with pytest.raises(ConfigError, match=r"'teacher' and 'teacher.before', which are the same"):
+        open_session(run)
+    assert any("[teachers.before]" in finding.message for finding in check(run))
+
+
+def test_a_further_teacher_that_nobody_asks_is_refused(tmp_path: Path) -> None:
+    run = two_teachers(tmp_path, before="builtin:sort-student", after="builtin:sort-student")
+    with pytest.raises(ConfigError, match=r"\[teachers.after\] scores .*'teacher.after', which"):
+        open_session(run)
+
+
+def test_a_further_teacher_takes_overrides_and_knows_its_keys(tmp_path: Path) -> None:
+    run = two_teachers(tmp_path, "--teachers.before.model", "builtin:sort-student")
+    assert run.config.teachers["before"].model == "builtin:sort-student"
+    with pytest.raises(ConfigError, match=r"teachers.before.modle"):
+        two_teachers(tmp_path, "--teachers.before.modle", "x")

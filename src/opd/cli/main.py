@@ -22,6 +22,7 @@ USAGE_ERROR, TRAINING_ERROR, INTERRUPTED = 2, 1, 130
 SECTIONS = (
     "student",
     "teacher",
+    "teachers",
     "data",
     "method",
     "sampler",
@@ -259,8 +260,26 @@ def _explain(parser: Parser) -> None:
     _json(parser)
 
 
+def _diff(parser: Parser) -> None:
+    for which in ("first", "second"):
+        parser.add_argument(which, metavar="RUN.toml|METHOD", help="a run file or a method's name")
+    _json(parser)
+
+
 def _list(parser: Parser) -> None:
     parser.add_argument("what", metavar="methods|formulas|tasks|runs")
+    parser.flag(
+        "--variable",
+        "methods: show what each chose for this one of the nine variables, equal choices "
+        "together; a part of its name will do",
+        metavar="NAME",
+    )
+    parser.flag("--level", "methods: only of evidence E0, E1, E2, E3 or M", metavar="LEVEL,LEVEL")
+    parser.flag(
+        "--formula",
+        "methods: only with formulas from code, paper or note, or inferred",
+        metavar="SOURCE,SOURCE",
+    )
     parser.flag("--output", "folder of the run folders", metavar="FOLDER", default="runs")
     _json(parser)
 
@@ -303,6 +322,7 @@ COMMANDS: dict[str, Command] = {
     "explain": Command(
         "explain", "the nine variables, formulas and passes of a run", _explain, overrides=True
     ),
+    "diff": Command("diff", "the variables in which two methods differ", _diff),
     "list": Command("listing", "methods, formulas, tasks or runs", _list),
 }
 

@@ -49,6 +49,36 @@ def log_linear(
     return total.log_softmax(-1)
 
 
+def log_sum(
+    view: str, parts: Mapping[str, Float[Tensor, "*n"]], weights: Mapping[str, float]
+) -> Float[Tensor, "*n"]:
+    """The weighted sum of log-probabilities of the same tokens, not normalised.
+
+        log q = sum_k weight_k * log part_k
+
+    A score of single tokens: with weights 1 and -1 the log-ratio of two views.
+
+    Args:
+        view: the combination's name, for messages.
+        parts: log-probabilities by name; those of weight 0 may be left out.
+        weights: one per part.
+
+    Raises:
+        TeacherError: a part of negative weight gives a token no mass; names the part.
+
+    Source: reward extrapolation of G-OPD, arXiv:2602.12125.
+    """
+    counted = {name: weight for name, weight in weights.items() if weight != 0}
+    for name, weight in counted.items():
+        if weight < 0 and bool(parts[name].isneginf().any()):
+            raise TeacherError(
+                f"the view {view!r} is infinite: the part {name!r} has weight {weight:g} and gives "
+                f"{int(parts[name].isneginf().sum())} of the tokens no mass; combine with a part "
+                "that gives every token mass, or make its weight positive"
+            )
+    return torch.stack([weight * parts[name] for name, weight in counted.items()]).sum(0)
+
+
 def _without_mass(
     view: str, parts: Mapping[str, Float[Tensor, "n V"]], weights: Mapping[str, float]
 ) -> Bool[Tensor, "n V"]:

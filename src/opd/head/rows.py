@@ -17,7 +17,7 @@ from opd.fields import FIELDS, positional_names
 from opd.formula import divergence
 from opd.formula import support as supports
 from opd.head import closed as forms
-from opd.head.combine import log_linear
+from opd.head.combine import log_linear, log_sum
 from opd.head.replies import Entries
 from opd.objective import field_key
 from opd.terms import Term, term_key, top_k
@@ -198,6 +198,8 @@ class BlockFields:
         return self._restrict(self._view(key), key, "teacher")
 
     def _view_as_it_is(self, key: FieldKey) -> Tensor:
+        if self._is_a_sum(key.view):
+            return self._sum(key, replace(key, name="student_support_logp", view=""))
         if self._by_entries(key):
             tail = "bucket" if key.tail in WITH_A_BUCKET else "truncate"
             return supports.entries_by_tail(self._entries_inside(key), tail=tail, side="student")
@@ -307,6 +309,8 @@ class BlockFields:
         return likeliest(self._view_log_probs(view), k)[1]
 
     def _teacher_logp(self, key: FieldKey) -> Float[Tensor, " n"]:
+        if self._is_a_sum(key.view):
+            return self._sum(key, FieldKey("student_logp"))
         known, tokens = self._scores(key.view).sampled_logp, self._tokens()
         if known is None and not self.has_distribution(key.view):
             entries = self.entries(key.view)
@@ -397,6 +401,20 @@ class BlockFields:
             if weight
         }
         return log_linear(view, parts, weights)
+
+    def _is_a_sum(self, view: str) -> bool:
+        return not self._scores(view).normalised
+
+    def _sum(self, key: FieldKey, of_student: FieldKey) -> Tensor:
+        """A field of a combination that is not normalised, from the same field of its parts."""
+        weights = dict(self._scores(key.view).parts)
+        parts = {
+            name: self(of_student if name == STUDENT_PART else replace(key, view=name)).detach()
+            for name, weight in weights.items()
+            if weight
+        }
+        total = log_sum(key.view, parts, weights)
+        return self._agreeing(key.view, total, lambda: self(of_student).detach())
 
     def _scores(self, view: str) -> TeacherScores:
         if view not in self._views:

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -38,6 +38,7 @@ from opd.training.session import (
     check_context,
     check_judged,
     check_positions,
+    check_teachers,
     find_verifier,
     make_phases,
     prompt_settings,
@@ -131,8 +132,15 @@ class _Checker:
         phases = phases or ()
         student = self.model("student", config.student)
         teacher = self.model("teacher", config.teacher) if config.teacher.model else None
+        named = config.teachers
         if student and teacher:
             self.pair(student, teacher)
+        further = {name: self.model(f"teachers.{name}", own) for name, own in named.items()}
+        for name, other in further.items():
+            if student and other:
+                self.pair(student, other, f"teachers.{name}.model")
+        if method:
+            self.attempt("teachers", lambda: check_teachers(self.run, method))
         self.teacher_is_there(phases)
         if student and method:
             self.supports(method, student)
@@ -144,7 +152,8 @@ class _Checker:
             self.learning_rates(phases, student)
             self.disk(student, phases)
         if device and student and phases and (teacher or not config.teacher.model):
-            self.estimate(device, phases[-1], student, teacher, longest)
+            others = [other for other in further.values() if other]
+            self.estimate(device, phases[-1], student, teacher, longest, others)
         for phase in phases:
             self.sampler(phase)
             for note in view_notes(phase.method):
@@ -174,20 +183,21 @@ class _Checker:
             f"{side}.model", lambda: read_facts(self.run.path(config.model), config)
         )
 
-    def pair(self, student: ModelFacts, teacher: ModelFacts) -> None:
+    def pair(self, student: ModelFacts, teacher: ModelFacts, where: str = "teacher.model") -> None:
         merged = self.run.config.method.merge_stop_ids
         self.attempt(
-            "teacher.model",
+            where,
             lambda: check_same_vocabulary(student.hollow, teacher.hollow, merge_stop_ids=merged),
         )
-        if student.hollow.reference == teacher.hollow.reference:
-            self.note("teacher.model", "teacher and student are the same model: nothing to learn")
+        same = student.hollow.reference == teacher.hollow.reference
+        if same and where == "teacher.model":
+            self.note(where, "teacher and student are the same model: nothing to learn")
 
     def teacher_is_there(self, phases: tuple[Phase, ...]) -> None:
         if self.run.config.teacher.model:
             return
         for phase in phases:
-            asked = asks_the_teacher(phase.method)
+            asked = asks_the_teacher(phase.method, self.run.config.teachers)
             if asked or phase.method.states.teacher_writes:
                 self.error(
                     "teacher.model",
@@ -477,10 +487,11 @@ class _Checker:
         student: ModelFacts,
         teacher: ModelFacts | None,
         longest: int,
+        others: Sequence[ModelFacts],
     ) -> None:
         config = self.run.config
         prompt_tokens = longest or config.data.max_prompt_tokens
-        self.memory = memory_parts(config, phase, student, teacher, prompt_tokens, device)
+        self.memory = memory_parts(config, phase, student, teacher, prompt_tokens, device, others)
         total = sum(part.bytes for part in self.memory)
         available = available_bytes(device)
         if available and total > available:

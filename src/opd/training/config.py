@@ -87,6 +87,10 @@ class TeacherConfig:
     max_tokens: NonNegative = 0
 
 
+OTHER_TEACHER = "teacher."
+"""What the views of further teachers are called: `teacher.NAME` is scored by `[teachers.NAME]`."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """Where prompts come from, and what a good response is.
@@ -302,6 +306,9 @@ class RunConfig:
     """A whole run.
 
     Attributes:
+        teachers: further models by name, each with the keys of `[teacher]`: `[teachers.before]`
+            scores the method's view of that name. A teacher's view without a table of its own is
+            scored by `[teacher]`.
         name: of the run folder; empty: the source of the prompts and the next free number.
         output: folder that holds run folders; a relative one starts where the command is given.
         seed: of everything random.
@@ -313,6 +320,7 @@ class RunConfig:
     student: StudentConfig
     data: DataConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     method: MethodConfig = field(default_factory=MethodConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)

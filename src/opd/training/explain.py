@@ -59,7 +59,7 @@ class Explanation:
         passes: visits of a model in one distillation step.
         mismatch: why the sampler is not the student that is compared, if it is not.
         needs: by view, what it must return.
-        evidence, formula_source, source, stationary, departures: of the method.
+        evidence, formula_source, source, stationary, settings, departures, failure: of the method.
         composition_hash: equal for equal compositions.
     """
 
@@ -77,7 +77,9 @@ class Explanation:
     formula_source: str
     source: str
     stationary: str
+    settings: str
     departures: str
+    failure: str
     composition_hash: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,7 +116,9 @@ class Explanation:
                     ("evidence", _evidence_in_words(self.evidence)),
                     ("formula from", self.formula_source),
                     ("stationary at", self.stationary),
+                    ("its settings", self.settings),
                     ("departures", self.departures),
+                    ("known failure", self.failure),
                     ("composition", self.composition_hash),
                 )
                 if text
@@ -161,7 +165,9 @@ def explain(run: Run) -> Explanation:
         formula_source=entry.section("Formula") if entry else "",
         source=entry.section("Source") if entry else "",
         stationary=entry.section("Stationary") if entry else "",
+        settings=entry.section("Settings") if entry else "",
         departures=entry.section("Departures") if entry else "",
+        failure=entry.section("Failure") if entry else "",
         composition_hash=method.composition_hash,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,7 @@ def memory_parts(
     teacher: ModelFacts | None,
     prompt_tokens: int,
     device: torch.device,
+    others: Sequence[ModelFacts] = (),
 ) -> list[MemoryPart]:
     """The parts of a run's memory, in the order in which a step meets them.
 
@@ -58,8 +59,9 @@ def memory_parts(
         phase: the distillation.
         prompt_tokens: of the longest prompt that is expected.
         device: where the run takes place.
+        others: further teachers.
     """
-    parts = _parts(config, phase, student, teacher, prompt_tokens, device)
+    parts = _parts(config, phase, student, teacher, prompt_tokens, device, others)
     if device.type != "cpu":
         return [*parts]
     return [MemoryPart("Python and PyTorch", INTERPRETER_BYTES, "before anything loads"), *parts]
@@ -102,6 +104,7 @@ def _parts(
     teacher: ModelFacts | None,
     prompt_tokens: int,
     device: torch.device,
+    others: Sequence[ModelFacts] = (),
 ) -> Iterator[MemoryPart]:
     trainable = trainable_parameters(config, student)
     sequences = phase.prompts_per_step * phase.plan.sampler.samples_per_prompt
@@ -116,6 +119,12 @@ def _parts(
     if teacher is not None:
         yield MemoryPart(
             "teacher weights", teacher.bytes, f"{teacher.parameters:,} parameters, teacher.dtype"
+        )
+    if others:
+        yield MemoryPart(
+            "further teachers' weights",
+            sum(other.bytes for other in others),
+            f"{len(others)} models, [teachers]",
         )
     views = phase.plan.views
     frozen = any(view.source == "initial_student" for view in views)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from opd.errors import ConfigError
@@ -90,7 +90,7 @@ def make_plan(
     if observe:
         passes.append(Pass("observe", "student", "forward", 1, " and ".join(observe)))
     views = with_parts(objective.views(), method.views)
-    needs = objective.needs | _combined_needs(views)
+    needs = objective.needs | _combined_needs(views, objective.needs)
     for view in sorted(views, key=lambda view: view.name):
         if is_scored(view):
             fields = sorted({need.field for need in needs if need.view == view.name})
@@ -145,11 +145,25 @@ def is_scored(view: TeacherView) -> bool:
     return view.source != "combination" and (view.source != "student" or bool(view.context))
 
 
-def _combined_needs(views: Iterable[TeacherView]) -> frozenset[Need]:
-    """What views made in the head add: whole distributions, of themselves and of their parts."""
+def _combined_needs(views: Iterable[TeacherView], asked: Collection[Need]) -> frozenset[Need]:
+    """What views made in the head add: whole distributions, of themselves and of their parts.
+
+    One that is not normalised asks of its parts what is asked of it.
+    """
     made = [view for view in views if not is_scored(view)]
-    whole = {name for view in made for name in (view.name, *dict(view.parts))}
-    return frozenset(Need(name, "log_probs", "full") for name in whole - {STUDENT_PART})
+    whole = {name for view in made if view.normalised for name in (view.name, *dict(view.parts))}
+    sums = [view for view in made if not view.normalised]
+    handed_on = {
+        replace(need, view=name)
+        for view in sums
+        for need in asked
+        if need.view == view.name
+        for name, _ in view.parts
+        if name != STUDENT_PART
+    }
+    return frozenset(handed_on) | {
+        Need(name, "log_probs", "full") for name in whole - {STUDENT_PART}
+    }
 
 
 def reply_is_distribution(needs: frozenset[Need], view: str) -> bool:

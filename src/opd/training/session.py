@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,14 @@ from opd.spec import method_from_tree
 from opd.student import Student
 from opd.teacher.context import ContextEncoder, context_fields
 from opd.teacher.local import LocalTeacher
-from opd.training.config import DataConfig, OptimizerConfig, Run, RunConfig
+from opd.training.config import (
+    OTHER_TEACHER,
+    DataConfig,
+    OptimizerConfig,
+    Run,
+    RunConfig,
+    TeacherConfig,
+)
 from opd.training.plan import Plan, make_plan
 from opd.training.trackers import check_trackers
 from opd.types import (
@@ -117,11 +124,15 @@ def open_session(
         if loaded_teacher
         else student.vocab_size
     )
-    merge_ids = _merge_ids(config, student, loaded_teacher)
+    further = _further_teachers(run, method, device)
+    for one in further.values():
+        shared = check_same_vocabulary(student, one, merge_stop_ids=config.method.merge_stop_ids)
+        vocab_size = min(vocab_size, shared)
+    merge_ids = _merge_ids(config, student, loaded_teacher, *further.values())
     module = Student(student, vocab_size=vocab_size)
     _check_trainable(module)
     phases = make_phases(config, method, merge_ids)
-    teachers = _scorers(config, phases[-1], scorer, loaded_teacher, module, device)
+    teachers = _scorers(config, phases[-1], scorer, loaded_teacher, module, device, further)
     splits = load_run_prompts(run, student, prompts, phases)
     chosen = verifier or find_verifier(run, *splits)
     session = Session(
@@ -210,9 +221,11 @@ def load_student(run: Run, device: torch.device) -> LoadedModel:
     )
 
 
-def load_teacher(run: Run, device: torch.device) -> LoadedModel:
-    """The teacher of the run file, its weights frozen."""
-    config = run.config.teacher
+def load_teacher(
+    run: Run, device: torch.device, config: TeacherConfig | None = None
+) -> LoadedModel:
+    """The teacher of the run file, or another of its teachers, its weights frozen."""
+    config = config or run.config.teacher
     loaded = load_model(
         run.path(config.model),
         dtype="float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype,
@@ -284,7 +297,7 @@ def _teacher(
     if given is not None:
         return None, given
     wanted = (
-        asks_the_teacher(method)
+        asks_the_teacher(method, config.teachers)
         or method.states.teacher_writes
         or (config.warmup.steps > 0 and config.warmup.source == "teacher")
     )
@@ -298,11 +311,58 @@ def _teacher(
     return None, None
 
 
-def asks_the_teacher(method: Method) -> bool:
-    """Whether the objective compares with the run's teacher model, itself or as a part."""
+def asks_the_teacher(method: Method, teachers: Collection[str] = ()) -> bool:
+    """Whether the objective compares with the run's teacher model, itself or as a part.
+
+    Args:
+        teachers: names of further teachers, which answer for their own views.
+    """
     return any(
-        view.source == "teacher" for view in with_parts(method.objective.views(), method.views)
+        view.source == "teacher" and view.name.removeprefix(OTHER_TEACHER) not in teachers
+        for view in with_parts(method.objective.views(), method.views)
     )
+
+
+def check_teachers(run: Run, method: Method) -> None:
+    """Refuse a further teacher that no view asks, and a combination of one model with itself.
+
+    Raises:
+        ConfigError: names the table and the views there are.
+    """
+    views = {view.name: view for view in with_parts(method.objective.views(), method.views)}
+    asked = [name for name, view in views.items() if view.source == "teacher"]
+    named = run.config.teachers
+    for name in named:
+        if OTHER_TEACHER + name not in asked:
+            raise ConfigError(
+                f"{run.source}: [teachers.{name}] scores the view 'teacher.{name}', which "
+                f"{method.name!r} does not ask; it asks: {', '.join(sorted(asked)) or 'no teacher'}"
+            )
+    for view in views.values():
+        seen: dict[object, str] = {}
+        for part, _ in view.parts:
+            whose = views.get(part)
+            if whose is None or whose.parts:
+                continue
+            name = part.removeprefix(OTHER_TEACHER)
+            told = (whose.source, whose.context, whose.decay, named.get(name))
+            if told in seen:
+                missing = name if name not in named else seen[told].removeprefix(OTHER_TEACHER)
+                raise ConfigError(
+                    f"{run.source}: the view {view.name!r} combines {seen[told]!r} and {part!r}, "
+                    "which are the same model reading the same text, so they are one distribution; "
+                    f"name the other model in [teachers.{missing}]"
+                )
+            seen[told] = part
+
+
+def _further_teachers(run: Run, method: Method, device: torch.device) -> dict[str, LoadedModel]:
+    """The models of `[teachers.NAME]`, by the views that they score."""
+    check_teachers(run, method)
+    return {
+        OTHER_TEACHER + name: load_teacher(run, device, config)
+        for name, config in run.config.teachers.items()
+    }
 
 
 def _scorers(
@@ -312,6 +372,7 @@ def _scorers(
     loaded: LoadedModel | None,
     student: Student,
     device: torch.device,
+    further: Mapping[str, LoadedModel],
 ) -> dict[str, Teacher]:
     """Who scores the views of the teacher and of the live student; others join with the phase."""
     teachers: dict[str, Teacher] = {}
@@ -321,6 +382,10 @@ def _scorers(
         if view.source == "student" and view.context:
             teachers[view.name] = LocalTeacher(
                 student.loaded, vocab_size=student.vocab_size, max_tokens=own_tokens
+            )
+        elif view.source == "teacher" and view.name in further:
+            teachers[view.name] = LocalTeacher(
+                further[view.name], vocab_size=student.vocab_size, max_tokens=max_tokens
             )
         elif view.source == "teacher" and scorer is not None:
             teachers[view.name] = scorer
@@ -339,11 +404,12 @@ def _scorers(
 
 
 def _merge_ids(
-    config: RunConfig, student: LoadedModel, teacher: LoadedModel | None
+    config: RunConfig, student: LoadedModel, *teachers: LoadedModel | None
 ) -> tuple[tuple[int, ...], ...]:
     if not config.method.merge_stop_ids:
         return ()
-    ids = list(dict.fromkeys((*student.eos_ids, *(teacher.eos_ids if teacher else ()))))
+    of_teachers = (ids for teacher in teachers if teacher for ids in teacher.eos_ids)
+    ids = list(dict.fromkeys((*student.eos_ids, *of_teachers)))
     return (tuple(ids),) if len(ids) > 1 else ()
 
 

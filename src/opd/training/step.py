@@ -193,7 +193,7 @@ def score(
     views = dict(batch.token.views) if again else {}
     for view in plan.views:
         if not is_scored(view):
-            views[view.name] = TeacherScores(parts=_parts(view))
+            views[view.name] = TeacherScores(parts=_parts(view), normalised=view.normalised)
         elif view.moves or not again:
             request = TeacherRequest(
                 batch=contexts[view.name] if view.context else batch,
