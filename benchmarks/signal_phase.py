@@ -21,7 +21,7 @@ from typing import Any, cast
 from unittest import mock
 
 from common import OURS, Row, cpu_seconds, one_thread, parse_args, report
-from opd.formula import credit, outcome, reward, weight
+from opd.formula import credit, outcome, reward, selection
 from opd.objective import Method, Objective, Sampled
 from opd.training import step as steps
 from opd.training import values
@@ -41,7 +41,7 @@ OBJECTIVES: Mapping[str, Sampled] = {
         reward=LOG_RATIO,
         credit=credit.return_to_go,
         baseline=credit.position_mean,
-        weights=(partial(weight.keep_high_entropy, share=0.2),),
+        weights=(partial(selection.keep_high_entropy, share=0.2),),
         preserve_mass=True,
     ),
 }

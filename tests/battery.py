@@ -64,6 +64,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "surrogate.dual_clipped": {"low": 0.2, "high": 0.3, "negative_cap": 2.0},
     "surrogate.truncated_importance": {"cap": 1.2},
     "surrogate.masked_importance": {"low": 0.6, "high": 1.7},
+    "surrogate.shaped_probability": {"half_at": 0.2},
     "surrogate.geometric_ratio": {"old_share": 0.6, "low": 0.2, "high": 0.3},
     "regulariser.entropy_floor": {"nats": 0.9},
     "routing.endorsed_and_reachable": {"teacher_k": 3, "student_k": 4},
@@ -89,10 +90,52 @@ KNOBS: dict[str, dict[str, Any]] = {
     "weight.prefix_share": {"share": 0.6},
     "weight.cumulative_drift": {"boost": 0.5},
     "weight.drift_budget": {"nats": 1.0},
-    "weight.keep_high_entropy": {"share": 0.4},
-    "weight.keep_low_entropy": {"share": 0.4},
-    "weight.keep_large_divergence": {"share": 0.4},
-    "weight.keep_unlikely": {"share": 0.4},
+    "selection.keep_high_entropy": {"share": 0.4},
+    "selection.keep_low_entropy": {"share": 0.4},
+    "selection.keep_large_divergence": {"share": 0.4},
+    "selection.keep_unlikely": {"share": 0.4},
+    "weight.endorsement": {"sharpness": 1.5},
+    "weight.importance": {"cap": 1.2},
+    "selection.keep_overrated": {"share": 0.4},
+    "selection.keep_uncertain_or_wrong": {"share": 0.4},
+    "weight.overlap_decay": {"k": 3, "at_least": 0.6, "drop": 0.3, "base": 0.1},
+    "weight.sigmoid_position": {"least": 0.25, "centre": 0.3, "width": 0.1},
+    "weight.teacher_confidence": {"nats": 0.5, "least": 0.2},
+    "weight.confidence": {"teacher_gain": 1.0, "student_gain": 0.5},
+    "selection.keep_soft_or": {"share": 0.4},
+    "selection.keep_teachable": {"k": 3, "share": 0.4},
+    "selection.keep_high_signal": {"share": 0.4},
+    "response.likely_for_teacher": {"drop_share": 0.4},
+    "response.pivotal": {
+        "at_least": 0.1,
+        "ratio_cap": 1.5,
+        "temperature": 0.8,
+        "weight_cap": 1.3,
+    },
+    "outcome.reversed_magnitude": {"width": 0.5, "strength": 0.7},
+    "outcome.relative_magnitude": {"cap": 1.5},
+    "outcome.bounded_shift": {"temperature": 0.4, "scale": 0.5, "at_least": 0.1},
+    "outcome.deliberation_bonus": {"scale": 0.5},
+    "outcome.add_verdict_sign": {"scale": 0.7},
+    "outcome.agreement_scale": {"agreeing": 1.5, "other": 0.5},
+    "outcome.agreement_gate": {"sharpness": 1.5},
+    "outcome.add_verdict_residual": {"scale": 0.7, "limit": 1.5},
+    "outcome.margin_shift": {"margin": 0.4, "correct_share": 0.5},
+    "credit.scaled_by_turn": {"gain_cap": 0.5},
+    "divergence.capped_forward_kl": {"cap": 0.05},
+    "numerics.rounded_share": {"share": 0.4},
+    "selection.keep_large_forward_kl": {"share": 0.4},
+    "selection.keep_entropy_mismatch": {"share": 0.4},
+    "divergence.renyi_divergence": {"order": 0.7},
+    "credit.bounded_return": {"gamma": 0.9, "meaning": "task"},
+    "weight.update_ratio": {"cap": 1.2},
+    "weight.engine_ratio": {"cap": 1.2},
+    "weight.engine_ratio_within": {"low": 0.6, "high": 1.7},
+    "weight.after": {"tokens": 2},
+    "response.share_of_correct": {"temperature": 0.8},
+    "response.share_of_wrong": {"temperature": 0.8},
+    "response.sure_teacher_where_wrong": {"sharpness": 1.2},
+    "response.difficulty": {"pass_power": 1.0, "fail_power": 2.0},
     "weight.teacher_passes": {"at_least": 0.5},
     "weight.teacher_fails": {"below": 0.5},
     "reduce.token_mean": {"count": Count(rows=9.0, sequences=4.0)},
@@ -101,7 +144,7 @@ KNOBS: dict[str, dict[str, Any]] = {
 }
 """Values of the knobs by `module.function`."""
 
-DETACHED_MODULES = ("reward", "weight", "outcome", "credit")
+DETACHED_MODULES = ("reward", "weight", "selection", "response", "outcome", "credit")
 """Modules whose results never carry a gradient."""
 
 TRANSFERS = (
@@ -112,6 +155,8 @@ TRANSFERS = (
 """The routing formulas that carry a gradient, through the student's distribution alone."""
 
 STOP_GRADIENT = (
+    "divergence.candidate_advantage_loss",
+    "divergence.hybrid_policy",
     "divergence.truncated_reverse_kl",
     "routing.bounded_cross_entropy",
     "surrogate.masked_importance",
@@ -126,16 +171,39 @@ STEP_WIDE = (
     "credit.group_mean",
     "credit.length_neutral_future",
     "credit.position_mean",
+    "credit.standardised",
     "outcome.add_group_advantage",
+    "outcome.add_verdict_residual",
+    "outcome.bounded_shift",
+    "outcome.deliberation_bonus",
+    "outcome.relative_magnitude",
+    "outcome.reversed_magnitude",
     "outcome.magnitude_only",
+    "outcome.margin_shift",
     "outcome.mix_group_advantage",
     "outcome.sigmoid_gate",
     "reward.group_advantage",
     "reward.group_deviation",
-    "weight.keep_high_entropy",
-    "weight.keep_large_divergence",
-    "weight.keep_low_entropy",
-    "weight.keep_unlikely",
+    "response.difficulty",
+    "response.group_all_fail",
+    "response.group_some_pass",
+    "response.likely_for_teacher",
+    "response.pivotal",
+    "response.share_of_correct",
+    "response.share_of_wrong",
+    "response.sure_teacher_where_wrong",
+    "weight.confidence",
+    "selection.keep_soft_or",
+    "selection.keep_teachable",
+    "selection.keep_high_signal",
+    "selection.keep_high_entropy",
+    "selection.keep_large_divergence",
+    "selection.keep_low_entropy",
+    "selection.keep_entropy_mismatch",
+    "selection.keep_large_forward_kl",
+    "selection.keep_overrated",
+    "selection.keep_uncertain_or_wrong",
+    "selection.keep_unlikely",
 )
 """Formulas that look at the whole optimizer step, so that responses do depend on each other."""
 
@@ -232,9 +300,16 @@ class Formula:
             return -values.abs() - 0.05
         if name == "routing":  # a share: some entries empty, the others sum to 1
             return torch.where(values < 0, -torch.inf, values).softmax(-1).nan_to_num()
-        if name in ("total_variation", "verdict"):
+        if name in ("total_variation", "jensen_shannon", "verdict"):
             return values.sigmoid()
-        positive = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "amount")
+        positive = (
+            "count",
+            "reverse_kl",
+            "forward_kl",
+            "student_entropy",
+            "teacher_entropy",
+            "amount",
+        )
         return values.abs() if name in positive else values
 
     def distributions(self) -> list[str]:

@@ -22,6 +22,8 @@ FORMULA_MODULES = (
     "surrogate",
     "routing",
     "weight",
+    "selection",
+    "response",
     "regulariser",
     "reduce",
 )

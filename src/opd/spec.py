@@ -16,8 +16,10 @@ from opd.formula import (
     divergence,
     outcome,
     regulariser,
+    response,
     reward,
     routing,
+    selection,
     support,
     surrogate,
     weight,
@@ -45,7 +47,7 @@ SLOTS: Mapping[str, tuple[ModuleType, ...]] = {
     "amount": (routing,),
     "transfer": (routing,),
     "gates": (routing, weight),
-    "weights": (weight, routing),
+    "weights": (weight, selection, response, routing),
 }
 """Where each slot's functions are named."""
 
@@ -278,6 +280,8 @@ def _view_tree(view: TeacherView) -> dict[str, Any]:
         tree["context"] = view.context
     if view.decay:
         tree["decay"] = view.decay
+    if not view.normalised:
+        tree["normalised"] = False
     if view.parts:
         tree["parts"] = {
             name: _schedule_tree(weight) if isinstance(weight, Schedule) else weight

@@ -1,4 +1,4 @@
-"""Every reward, credit, surrogate, outcome, weight, route and regulariser against its oracle.
+"""Every formula of sampled tokens, weights, routes and regularisers against its oracle.
 
 The oracles in `tests/reference` are literal transcriptions of the papers, made independently of
 the formulas, in loops and with derivatives by hand. Both are asked about the same
@@ -32,8 +32,10 @@ from opd.formula import (
     credit,
     outcome,
     regulariser,
+    response,
     reward,
     routing,
+    selection,
     support,
     surrogate,
     weight,
@@ -42,11 +44,13 @@ from tests.reference import credit as credit_oracle
 from tests.reference import (
     outcomes,
     regularisers,
+    responses,
     rewards,
     surrogates,
     weights,
 )
 from tests.reference import routing as routing_oracle
+from tests.reference import selection as selection_oracle
 
 Array = npt.NDArray[np.float64]
 Fields = dict[str, Tensor]
@@ -58,6 +62,8 @@ MODULES: dict[str, tuple[ModuleType, ModuleType]] = {
     "surrogate": (surrogate, surrogates),
     "outcome": (outcome, outcomes),
     "weight": (weight, weights),
+    "selection": (selection, selection_oracle),
+    "response": (response, responses),
     "routing": (routing, routing_oracle),
     "regulariser": (regulariser, regularisers),
 }
@@ -96,6 +102,11 @@ KNOBS: dict[str, list[Knobs]] = {
         *({"gae_lambda": s, "gamma": 0.8, "meaning": "task"} for s in (0.0, 0.5, 1.0)),
         {"gae_lambda": 0.5, "gamma": 0.0, "meaning": "task"},
     ],
+    "credit.scaled_by_turn": [{"gain_cap": gain} for gain in (0.0, 0.5, 1e9)],
+    "credit.bounded_return": [
+        {"gamma": gamma, "meaning": "task"} for gamma in (0.0, 0.5, 0.99, 1.0)
+    ],
+    "surrogate.shaped_probability": [{"half_at": half_at} for half_at in (0.01, 0.1, 3.0)],
     "surrogate.clipped": [{"low": 0.2, "high": 0.28}, {"low": 1.0, "high": 0.0}],
     "surrogate.dual_clipped": [
         {"low": 0.2, "high": 0.28, "negative_cap": 3.0},
@@ -110,7 +121,41 @@ KNOBS: dict[str, list[Knobs]] = {
     "outcome.add_group_advantage": [{"scale": 0.7}, {"scale": -2.0}],
     "outcome.mix_group_advantage": [{"share": share} for share in (0.0, 0.3, 1.0)],
     "outcome.sigmoid_gate": [{"sharpness": b} for b in (1e-3, 1.0, 30.0)],
-    "outcome.magnitude_only": [{"low": 0.5, "high": 0.8}, {"low": 1.0, "high": 0.0}],
+    "outcome.magnitude_only": [
+        {"low": 0.5, "high": 0.8},
+        {"low": 1.0, "high": 0.0},
+        *({"low": 0.5, "high": 0.8, "strength": share} for share in (0.0, 0.3)),
+    ],
+    "outcome.reversed_magnitude": [
+        {"width": 0.0},
+        {"width": 0.5},
+        {"width": 1.0},
+        *({"width": 0.5, "strength": share} for share in (0.0, 0.3)),
+    ],
+    "outcome.relative_magnitude": [{"cap": cap} for cap in (1.01, 3.0, 1e6)],
+    "outcome.bounded_shift": [
+        {"temperature": 0.5, "scale": 0.5, "at_least": 0.02},
+        {"temperature": 0.02, "scale": 3.0, "at_least": 0.0},
+        {"temperature": 3.0, "scale": 1.0, "at_least": 0.3},
+    ],
+    "outcome.deliberation_bonus": [{"scale": scale} for scale in (0.0, 0.5, 3.0)],
+    "outcome.add_verdict_sign": [{"scale": 0.7}, {"scale": 20.0}],
+    "outcome.agreement_scale": [
+        {"agreeing": 1.5, "other": 0.5},
+        {"agreeing": 1.0, "other": 0.0},
+        {"agreeing": 0.0, "other": 2.0},
+    ],
+    "outcome.agreement_gate": [{"sharpness": b} for b in (1e-3, 1.0, 30.0)],
+    "outcome.add_verdict_residual": [
+        {"scale": 0.1, "limit": 10.0},
+        {"scale": 3.0, "limit": 1.0},
+        {"scale": 0.7, "limit": 1e4},
+    ],
+    "outcome.margin_shift": [
+        *({"margin": 0.4, "correct_share": share} for share in (0.0, 0.5, 1.0)),
+        {"margin": 1e4, "correct_share": 0.3},
+        {"margin": 0.0, "correct_share": 0.3},
+    ],
     "weight.student_entropy_above": [{"nats": 0.5}, {"nats": 1.0}],
     "weight.student_entropy_below": [{"nats": 0.5}, {"nats": 1.0}],
     "weight.teacher_entropy_above": [{"nats": 0.5}, {"nats": 1.0}],
@@ -127,6 +172,55 @@ KNOBS: dict[str, list[Knobs]] = {
     "weight.prefix_share": [{"share": share} for share in (0.05, 0.3, 0.5, 1.0)],
     "weight.cumulative_drift": [{"boost": 0.0}, {"boost": 0.5}],
     "weight.drift_budget": [{"nats": nats} for nats in (0.0, 1.0, 6.0)],
+    "weight.endorsement": [{"sharpness": b} for b in (1e-3, 1.0, 30.0)],
+    "weight.importance": [{"cap": 1.0}, {"cap": 2.0}],
+    "weight.update_ratio": [{"cap": 1.0}, {"cap": 2.0}],
+    "weight.engine_ratio": [{"cap": 1.0}, {"cap": 5.0}],
+    "weight.engine_ratio_within": [{"low": 0.5, "high": 2.0}, {"low": 0.0, "high": 1.0}],
+    "weight.teacher_confidence": [{"nats": 0.5, "least": 0.2}, {"nats": 1.0, "least": 0.0}],
+    "weight.confidence": [
+        {"teacher_gain": a, "student_gain": b} for a, b in ((1, 1), (0, 2.0), (3.0, 0), (0, 0))
+    ],
+    "weight.after": [{"tokens": 1}, {"tokens": 5}],
+    "weight.sigmoid_position": [
+        {"least": 0.25, "centre": 0.3, "width": 0.1},
+        {"least": 0.0, "centre": 0.9, "width": 1e-3},
+        {"least": 1.0, "centre": 0.5, "width": 2.0},
+    ],
+    "weight.overlap_decay": [
+        {"k": 4, "at_least": 0.5, "drop": 0.02},
+        {"k": 2, "at_least": 1.0, "drop": 0.3, "base": 0.5},
+        {"k": VOCABULARY, "at_least": 1.0, "drop": 0.3},
+    ],
+    **{
+        f"selection.{name}": [{"share": share} for share in (1e-3, 0.1, 0.25, 0.5, 0.9, 1.0)]
+        for name in ("keep_large_forward_kl", "keep_entropy_mismatch", "keep_overrated")
+    },
+    "selection.keep_soft_or": [{"share": share} for share in (1e-3, 0.1, 0.5, 1.0)],
+    "selection.keep_high_signal": [{"share": share} for share in (1e-3, 0.1, 0.5, 1.0)],
+    "selection.keep_teachable": [
+        {"k": k, "share": share} for k in (1, 3) for share in (1e-3, 0.05, 0.5, 1.0)
+    ],
+    "selection.keep_uncertain_or_wrong": [
+        *({"share": share} for share in (1e-3, 0.1, 0.5, 1.0)),
+        *(
+            {"share": 0.3, "entropy_power": a, "divergence_power": b}
+            for a, b in ((0.0, 1.0), (1.0, 0.0), (0.5, 3.0), (0.0, 0.0))
+        ),
+    ],
+    "response.difficulty": [
+        {"pass_power": a, "fail_power": b}
+        for a, b in ((1.0, 1.0), (0.0, 1.0), (0.5, 0.0), (2.0, 3.0), (0.0, 0.0))
+    ],
+    "response.likely_for_teacher": [{"drop_share": share} for share in (0.01, 0.2, 0.5, 0.99)],
+    "response.pivotal": [
+        {"at_least": 0.8, "ratio_cap": 2.5, "temperature": 1.0, "weight_cap": 10.0},
+        {"at_least": 0.0, "ratio_cap": 5.0, "temperature": 0.3, "weight_cap": 1.0},
+        {"at_least": -1.0, "ratio_cap": 0.5, "temperature": 4.0, "weight_cap": 1.2},
+    ],
+    "response.share_of_correct": [{"temperature": tau} for tau in (0.05, 1.0, 30.0)],
+    "response.share_of_wrong": [{"temperature": tau} for tau in (0.05, 1.0, 30.0)],
+    "response.sure_teacher_where_wrong": [{"sharpness": b} for b in (1e-3, 1.0, 30.0)],
     "weight.teacher_passes": [{"at_least": 0.25}, {"at_least": 1.0}],
     "weight.teacher_fails": [{"below": 0.25}, {"below": 1.0}],
     "routing.endorsed_and_reachable": [
@@ -245,6 +339,38 @@ def step(seed: int) -> Fields:
         "in_support": in_support,
         "extra_span": draw.one_of([0.0, 0.5, 1.0]),
         "extra_teacher_pass": draw.one_of([0.0, 0.1, 0.25, 0.8, 1.0, math.nan]),
+        "extra_consensus": draw.one_of([0.0, 0.5, 1.0]),
+        # Equals, for the order among them.
+        "forward_kl": torch.where(draw.often(0.2), 0.5, draw.normal().abs()),
+        "jensen_shannon": torch.where(draw.often(0.2), 0.25, math.log(2) * draw.share()),
+    } | entries_of_step(draw)
+
+
+def entries_of_step(draw: Draw) -> Fields:
+    """What a step has of more than one entry of the vocabulary: supports and likeliest ids."""
+    shape = (*draw.shape, VOCABULARY)
+    student, teacher = (draw.normal(*shape).log_softmax(-1) for _ in range(2))
+    top = student.argsort(-1, descending=True)
+    # Half of the teachers prefer nearly what the student does.
+    near = draw.often(0.5, *draw.shape, 1)
+    close = (student + 0.1 * draw.normal(*shape)).log_softmax(-1)
+    teacher = torch.where(near, close, teacher)
+    order = draw.share(*shape).argsort(-1)
+    support_ids = torch.where(draw.often(0.7, *shape), order, -1)
+    # The student's likeliest are always there, whatever else is not.
+    considered = (order[..., None] == top[..., None, :ENTRIES]).any(-1)
+    support_ids = torch.where(considered, order, support_ids)
+    return {
+        "support_ids": support_ids,
+        "teacher_support_logp": support.restrict(teacher, support_ids),
+        "student_log_probs": support.restrict_by_tail(
+            student, support_ids, tail="renormalise", side="student"
+        ),
+        "teacher_log_probs": support.restrict_by_tail(
+            teacher, support_ids, tail="renormalise", side="teacher"
+        ),
+        "student_top_ids": top,
+        "teacher_top_ids": teacher.argsort(-1, descending=True),
     }
 
 
@@ -308,14 +434,16 @@ def on_support(fields: Fields, *, tail: str) -> Fields:
 def drawn(name: str, seed: int) -> Fields:
     """What the formula is asked about; NaN at closed tokens if it knows which ones are."""
     takes = positional_names(ours(name))
-    if name.startswith("routing.") or "student_top_ids" in takes:
+    if name.startswith("routing.") or ("student_top_ids" in takes and "mask" not in takes):
         return positions(seed)
     fields = step(seed)
     if "mask" not in takes:
         return fields
+    mask = fields["mask"]
+    of_entries = mask.unsqueeze(-1)
     return {
-        key: torch.where(fields["mask"], value, math.nan)
-        if value.shape == fields["mask"].shape and value.is_floating_point()
+        key: torch.where(mask if value.shape == mask.shape else of_entries, value, math.nan)
+        if value.shape[:2] == mask.shape and value.is_floating_point()
         else value
         for key, value in fields.items()
     }
@@ -359,8 +487,9 @@ def theirs(name: str) -> Callable[..., Any]:
 ONE_RESPONSE = tuple(
     f"credit.{name}"
     for name in (
-        *("damped_future", "discounted", "future", "gae", "immediate", "length_normalised"),
-        *("next_step", "rao_blackwell", "return_to_go", "windowed"),
+        *("bounded_return", "damped_future", "discounted", "future", "gae", "immediate"),
+        *("length_normalised", "mean_future", "next_step", "rao_blackwell", "return_to_go"),
+        *("scaled_by_turn", "windowed"),
     )
 )
 ONE_POSITION = (
@@ -475,6 +604,9 @@ OF_THE_RATIO = tuple(
 SCALES: dict[str, Callable[[Fields], Array]] = {
     **dict.fromkeys(OF_THE_RATIO, of_the_ratio),
     **dict.fromkeys(ONE_RESPONSE, of_the_sums),
+    "credit.bounded_return": lambda _: np.asarray(1.0),
+    "credit.scaled_by_turn": lambda _: np.asarray(0.0),
+    "credit.standardised": lambda _: np.asarray(1.0),
     "credit.length_neutral_future": of_the_step,
     "credit.position_mean": of_the_step,
     "credit.batch_mean": of_the_step,
@@ -482,12 +614,23 @@ SCALES: dict[str, Callable[[Fields], Array]] = {
     "outcome.terminal_verdict": lambda fields: 30 + np.asarray(fields["reward"].abs().nan_to_num()),
     "outcome.add_group_advantage": of_the_credited,
     "outcome.mix_group_advantage": of_the_credited,
+    "outcome.add_verdict_sign": of_the_credited,
+    "outcome.deliberation_bonus": of_the_credited,
+    # The means of responses, which may be large and alike, in units of what is added up.
+    "outcome.add_verdict_residual": of_the_step,
+    "outcome.margin_shift": of_the_step,
+    # Differences of numbers of the size of one.
+    "outcome.bounded_shift": lambda _: np.asarray(1.0),
     "reward.proximal_log_ratio": of_the_student,
     # Differences of numbers that may be close, of the size of one.
     "reward.power_reward": lambda _: np.asarray(1.0),
     "reward.squared_hellinger_reward": lambda _: np.asarray(1.0),
     # An exponential may underflow a little earlier than another.
     "outcome.sigmoid_gate": lambda _: np.asarray(1e-290),
+    "outcome.agreement_gate": lambda _: np.asarray(1e-290),
+    "weight.endorsement": lambda _: np.asarray(1e-290),
+    "weight.sigmoid_position": lambda _: np.asarray(1e-290),
+    "response.share_of_wrong": lambda _: np.asarray(1e-290),
 }
 
 
@@ -556,7 +699,7 @@ def by_count(name: str, seed: int) -> Iterator[Compared]:
     """
     fields = drawn(name, seed)
     value = {"keep_large_divergence": "reverse_kl", "keep_unlikely": "student_logp"}.get(
-        name.removeprefix("weight."), "student_entropy"
+        name.removeprefix("selection."), "student_entropy"
     )
     distinct = Draw(seed, *fields["mask"].shape).normal().abs()
     fields[value] = torch.where(fields["mask"], distinct, math.nan)
@@ -572,7 +715,7 @@ def by_count(name: str, seed: int) -> Iterator[Compared]:
     for share in (0.1, 0.4, 0.7) if count else ():
         got, want = (say(name, tied, {"share": share}) for say in (formula_says, oracle_says))
         kept_values = tied[value][torch.from_numpy(want == 1)]
-        keeps_low = name in ("weight.keep_low_entropy", "weight.keep_unlikely")
+        keeps_low = name in ("selection.keep_low_entropy", "selection.keep_unlikely")
         at_the_quantile = tied[value] == (kept_values.max() if keeps_low else kept_values.min())
         off = ~at_the_quantile
         assert (got[at_the_quantile] <= torch.from_numpy(want)[at_the_quantile]).all()
@@ -680,10 +823,10 @@ ANOTHER_WAY: dict[str, Comparison] = {
     "credit.immediate": on_open_tokens,
     **{name: with_slopes for name in NAMES if name.startswith("surrogate.")},
     **{name: with_differences for name in NAMES if name.startswith("regulariser.")},
-    "weight.keep_high_entropy": by_count,
-    "weight.keep_low_entropy": by_count,
-    "weight.keep_large_divergence": by_count,
-    "weight.keep_unlikely": by_count,
+    "selection.keep_high_entropy": by_count,
+    "selection.keep_low_entropy": by_count,
+    "selection.keep_large_divergence": by_count,
+    "selection.keep_unlikely": by_count,
     "weight.prefix_share": by_rounded_share,
     "weight.cumulative_drift": with_finite_drift,
     "routing.centred_log_ratio": of_shared_entries,

@@ -46,6 +46,7 @@ def test_every_credit_by_hand_with_a_gap() -> None:
         "windowed": [1 + 2, 0, 2 + 4, 4, 0],
         "length_normalised": [7 / 3, 0, 6 / 2, 4, 0],
         "future": [2 + 4, 0, 4, 0, 0],
+        "mean_future": [(2 + 4) / 2, 0, 4, 0, 0],
         "rao_blackwell": [1 - 12, 0, 2 - 7, 4, 0],
         "next_step": [1 - 5, 0, 2 - 7, 4, 0],
         "damped_future": [1 - 0.5 * 12, 0, 2 - 0.5 * 7, 4, 0],
@@ -55,6 +56,7 @@ def test_every_credit_by_hand_with_a_gap() -> None:
         "windowed": credit.windowed(reward, mask, window=2),
         "length_normalised": credit.length_normalised(reward, mask),
         "future": credit.future(reward, mask),
+        "mean_future": credit.mean_future(reward, mask),
         "rao_blackwell": credit.rao_blackwell(reward, cost, mask),
         "next_step": credit.next_step(reward, cost, mask),
         "damped_future": credit.damped_future(reward, cost, mask, future_weight=0.5),
@@ -113,6 +115,16 @@ def test_credit_agrees_with_the_transcription(
             lambda b: ref.length_normalised(reward[b], mask[b]),
         ),
         (credit.future(reward, mask), lambda b: ref.future(reward[b], mask[b])),
+        (credit.mean_future(reward, mask), lambda b: ref.mean_future(reward[b], mask[b])),
+        (credit.standardised(reward, mask), lambda b: ref.standardised(reward, mask)[b]),
+        (
+            credit.scaled_by_turn(reward, mask, gain_cap=future_weight),
+            lambda b: ref.scaled_by_turn(reward[b], mask[b], gain_cap=future_weight),
+        ),
+        (
+            credit.bounded_return(reward, mask, meaning="task", **gamma),
+            lambda b: ref.bounded_return(reward[b], mask[b], **gamma),
+        ),
         (
             credit.rao_blackwell(reward, cost, mask),
             lambda b: ref.rao_blackwell(reward[b], cost[b], mask[b]),
@@ -363,6 +375,135 @@ def test_a_response_without_open_tokens_gets_nothing_from_its_bootstrap() -> Non
 
 
 # --------------------------------------------------------------------------------------------
+# Rewards in another measure
+
+
+@given(responses())
+def test_the_mean_of_the_future_is_the_future_over_the_tokens_that_remain(
+    case: tuple[Tensor, Tensor],
+) -> None:
+    reward, mask = case
+    remaining = credit.future(mask.double(), mask)
+    mean = credit.mean_future(reward, mask)
+    assert torch.allclose(mean * remaining, credit.future(reward, mask), rtol=0, atol=1e-12)
+    assert (mean[remaining == 0] == 0).all()
+    # a constant is its own mean, wherever anything is left
+    assert torch.allclose(credit.mean_future(0.3 * mask, mask), torch.where(remaining > 0, 0.3, 0))
+
+
+def test_standardised_rewards_by_hand() -> None:
+    # 1, 2, 6: mean 3 and a sample's variance (4 + 1 + 9) / 2 = 7.
+    reward = torch.tensor([[1.0, float("nan")], [2.0, 6.0]], dtype=F64)
+    mask = torch.tensor([[True, False], [True, True]])
+    found = credit.standardised(reward, mask)
+    root = (7 + 1e-8) ** 0.5
+    assert found.flatten().tolist() == pytest.approx([-2 / root, 0, -1 / root, 3 / root], rel=1e-12)
+    # Where the rewards hardly differ they stay small: variance 1e-8 beside the 1e-8 added.
+    close = credit.standardised(torch.tensor([[5e-5, -5e-5]], dtype=F64), mask[1:])
+    assert close[0].tolist() == pytest.approx([5e-5 / 1.5e-8**0.5, -5e-5 / 1.5e-8**0.5], rel=1e-12)
+
+
+@given(responses(), st.floats(1, 100), st.floats(-5, 5))
+def test_standardised_rewards_know_neither_unit_nor_origin_of_the_step(
+    case: tuple[Tensor, Tensor], unit: float, origin: float
+) -> None:
+    reward, mask = case
+    found = credit.standardised(reward, mask)
+    if mask.sum() < 2:
+        assert (found == 0).all()
+        return
+    variance = float(reward[mask].var())
+    moved = credit.standardised(unit * reward + origin, mask)
+    assert torch.allclose(moved, found, atol=1e-12, rtol=2e-8 / variance)
+    assert float(found[mask].mean()) == pytest.approx(0, abs=1e-12)
+    assert float(found[mask].var()) == pytest.approx(variance / (variance + 1e-8), rel=1e-12)
+
+
+def test_a_student_that_is_its_teacher_gets_no_standardised_reward() -> None:
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    assert (credit.standardised(torch.zeros(3, 7), mask) == 0).all()
+
+
+def test_turns_that_drifted_further_are_scaled_down_by_hand() -> None:
+    # Three turns with mean |r| of 2, 4 and 1/2: factors 1, 1/2 and, of 4, 1 + gain_cap.
+    reward = torch.tensor([[1.0, -3.0, 99.0, 4.0, 99.0, 99.0, -0.5, 0.5]], dtype=F64)
+    mask = torch.tensor([[True, True, False, True, False, False, True, True]])
+    found = credit.scaled_by_turn(reward, mask, gain_cap=0.5)
+    assert found.tolist() == [[1.0, -3.0, 0.0, 2.0, 0.0, 0.0, -0.75, 0.75]]
+    loose = credit.scaled_by_turn(reward, mask, gain_cap=9.0)
+    assert loose.tolist() == [[1.0, -3.0, 0.0, 2.0, 0.0, 0.0, -2.0, 2.0]]
+    tight = credit.scaled_by_turn(reward, mask, gain_cap=0.0)
+    assert tight.tolist() == [[1.0, -3.0, 0.0, 2.0, 0.0, 0.0, -0.5, 0.5]]
+
+
+@given(responses(), st.floats(0, 2))
+def test_the_first_turn_keeps_its_rewards_and_no_later_one_drifts_more_than_it_did(
+    case: tuple[Tensor, Tensor], gain_cap: float
+) -> None:
+    reward, mask = case
+    found = credit.scaled_by_turn(reward, mask, gain_cap=gain_cap)
+    assert (found[~mask] == 0).all()
+    for rewards, row, is_open in zip(reward, found, mask.tolist(), strict=True):
+        kept = [t for t, looked_at in enumerate(is_open) if looked_at]
+        turns = [[t for t in kept if sum(not o for o in is_open[:t]) == gaps] for gaps in range(13)]
+        turns = [turn for turn in turns if turn]
+        for k, turn in enumerate(turns):
+            before, after = rewards[turn], row[turn]
+            if k == 0:
+                assert torch.equal(after, before)
+                first = float(before.abs().mean())
+            share = float(after.abs().mean() / before.abs().mean())
+            assert share <= 1 + gain_cap + 1e-12
+            assert float(after.abs().mean()) <= first * (1 + 1e-12)
+            assert torch.allclose(after, share * before)
+
+
+def test_a_response_in_one_turn_is_left_alone_wherever_it_starts() -> None:
+    reward = torch.tensor([[9.0, 1.0, -2.0, 9.0], [9.0, 9.0, 9.0, 3.0]], dtype=F64)
+    mask = torch.tensor([[False, True, True, False], [False, False, False, True]])
+    found = credit.scaled_by_turn(reward, mask, gain_cap=0.0)
+    assert torch.equal(found, torch.where(mask, reward, 0.0))
+
+
+def test_turns_without_drift_make_no_nan() -> None:
+    mask = torch.tensor([[True, False, True, False, True]] * 3)
+    reward = torch.tensor([[0.0, 9, 2, 9, 0], [2.0, 9, 0, 9, 4], [0.0, 9, 0, 9, 0]], dtype=F64)
+    found = credit.scaled_by_turn(reward, mask, gain_cap=0.5)
+    assert found.tolist() == [[0.0] * 5, [2.0, 0, 0, 0, 2], [0.0] * 5]
+
+
+def test_the_bounded_return_by_hand() -> None:
+    # Returns at gamma 1/2, from the last: 2, -4 + 2 / 2 = -3, 1/2 - 3 / 2 = -1; mean size 2.
+    reward = torch.tensor([[0.5, 99.0, -4.0, 2.0]], dtype=F64)
+    mask = torch.tensor([[True, False, True, True]])
+    found = credit.bounded_return(reward, mask, gamma=0.5, meaning="task")
+    assert found.tolist() == [[-1 / 3, 0, -3 / 5, 2 / 4]]
+
+
+@given(responses(), st.floats(0, 1), st.floats(0.01, 100))
+def test_a_bounded_return_has_the_sign_of_the_return_no_unit_and_stays_inside_one(
+    case: tuple[Tensor, Tensor], gamma: float, unit: float
+) -> None:
+    reward, mask = case
+    knobs = {"gamma": gamma, "meaning": "task"}
+    found = credit.bounded_return(reward, mask, **knobs)
+    returns = credit.discounted(reward, mask, **knobs)
+    assert (found.abs() < 1).all()
+    assert torch.equal(found.sign(), returns.sign())
+    assert torch.allclose(credit.bounded_return(unit * reward, mask, **knobs), found)
+    # the order of sizes is that of the returns
+    for sizes, values, is_open in zip(returns.abs(), found.abs(), mask, strict=True):
+        assert (values[is_open][sizes[is_open].argsort()].diff() >= 0).all()
+
+
+def test_a_token_of_usual_size_gets_one_half_and_an_empty_return_nothing() -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    reward = torch.tensor([[0.0, 0.0, -7.0], [0.0, 0.0, 0.0]], dtype=F64)
+    found = credit.bounded_return(reward, mask, gamma=1.0, meaning="task")
+    assert found.tolist() == [[-0.5] * 3, [0.0] * 3]
+
+
+# --------------------------------------------------------------------------------------------
 # Knobs
 
 
@@ -371,6 +512,10 @@ BAD: list[tuple[Callable[..., Tensor], int, dict[str, Any], str]] = [
     (credit.discounted, 1, {**KNOWN, "gamma": -0.1}, r"gamma must lie in \[0, 1\], got -0.1"),
     (credit.discounted, 1, {**KNOWN, "gamma": 1.1}, r"gamma must lie in \[0, 1\]"),
     (credit.discounted, 1, {**KNOWN, "meaning": "because"}, "what it means: one of task"),
+    (credit.bounded_return, 1, {**KNOWN, "gamma": 1.1}, r"gamma must lie in \[0, 1\], got 1.1"),
+    (credit.bounded_return, 1, {**KNOWN, "meaning": "because"}, "what it means: one of task"),
+    (credit.scaled_by_turn, 1, {"gain_cap": -0.1}, "gain_cap must be >= 0, got -0.1"),
+    (credit.scaled_by_turn, 1, {"gain_cap": float("nan")}, "gain_cap must be >= 0, got nan"),
     (credit.windowed, 1, {"window": 0}, "must be >= 1, got 0; 1 is immediate"),
     (credit.damped_future, 2, {"future_weight": -1.0}, "future_weight must be finite and >= 0"),
     (credit.damped_future, 2, {"future_weight": float("inf")}, "future_weight must be finite"),

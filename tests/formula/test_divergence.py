@@ -28,6 +28,8 @@ DIVERGENCES: list[Case] = [
     ("squared_hellinger", {}),
     *(("power_divergence", {"power": power}) for power in (0.3, 1.0, 2.5)),
     ("total_variation", {}),
+    *(("renyi_divergence", {"order": order}) for order in (0.2, 0.5, 0.7)),
+    ("jensen_shannon", {}),
 ]
 F_DIVERGENCES = [case for case in DIVERGENCES if case[0] != "power_divergence"]
 # Total variation has kinks, and within rounding of one its slope is the sign of the rounding.
@@ -157,6 +159,14 @@ def test_values_by_hand() -> None:
     for power, value in ((1.0, 1 / 16), (2.0, 1 / 32)):
         result = divergence.power_divergence(student, teacher, power=power)
         assert float(result) == pytest.approx(value, abs=1e-15)
+    # order 1/2: -2 log of the sum of the roots; and the middle is (3/8, 5/8)
+    renyi = divergence.renyi_divergence(student, teacher, order=0.5)
+    assert float(renyi) == pytest.approx(-2 * math.log(1 - hellinger), abs=1e-15)
+    middle = 0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5)
+    middle += 0.5 * math.log(4 / 3) + 0.5 * math.log(4 / 5)
+    assert float(divergence.jensen_shannon(student, teacher)) == pytest.approx(
+        middle / 2, abs=1e-15
+    )
     assert float(divergence.total_variation(student, teacher)) == 0.25
     assert float(divergence.student_entropy(logs(0.5, 0.5, 0.0))) == pytest.approx(math.log(2))
     assert float(divergence.teacher_entropy(logs(1.0, 0.0))) == 0.0
@@ -241,8 +251,9 @@ def test_never_negative_and_zero_for_equal_inputs(
     name: str, knobs: dict[str, float], student: Tensor, teacher: Tensor
 ) -> None:
     formula = ours(name, knobs)
-    assert float(formula(student, teacher)) >= -1e-15
-    assert float(formula(student, student.clone())) == pytest.approx(0, abs=1e-15)
+    rounding = 1e-15 / (1 - knobs.get("order", 0.0))  # Renyi's is divided by that
+    assert float(formula(student, teacher)) >= -rounding
+    assert float(formula(student, student.clone())) == pytest.approx(0, abs=rounding)
     # a power divergence does not see differences among entries of little mass, within rounding
     seen = (student.exp() - teacher.exp()) if name == "power_divergence" else (student - teacher)
     if seen.abs().max() > 1e-3:
@@ -302,6 +313,7 @@ LIMITS: list[tuple[str, str, float, str]] = [
     ("alpha_divergence", "alpha", 1 - 1e-7, "forward_kl"),
     ("alpha_divergence", "alpha", 1 + 1e-7, "forward_kl"),
     ("power_divergence", "power", 1e-6, "reverse_kl"),
+    ("renyi_divergence", "order", 1 - 1e-7, "forward_kl"),
     ("skew_forward_kl", "skew", 1e-8, "forward_kl"),
     ("skew_reverse_kl", "skew", 1e-8, "reverse_kl"),
 ]
@@ -779,3 +791,364 @@ def test_entropy_lies_between_zero_and_log_k(student: Tensor) -> None:
     entropy = float(divergence.student_entropy(student))
     assert -1e-15 <= entropy <= math.log(4) + 1e-15
     assert entropy == float(divergence.teacher_entropy(student))
+
+
+# --------------------------------------------------------------------------------------------
+# Renyi and Jensen-Shannon
+
+
+@given(student=distributions, teacher=distributions)
+def test_the_jensen_shannon_is_symmetric_bounded_and_the_generalized_one_at_a_half(
+    student: Tensor, teacher: Tensor
+) -> None:
+    value = float(divergence.jensen_shannon(student, teacher))
+    assert value == pytest.approx(float(divergence.jensen_shannon(teacher, student)), abs=1e-14)
+    assert value <= math.log(2) + 1e-14
+    half = divergence.generalized_jsd(student, teacher, teacher_weight=0.5)
+    assert value == pytest.approx(float(half), abs=1e-14)
+
+
+def test_without_a_shared_entry_the_jensen_shannon_is_log_two_and_the_renyi_infinite() -> None:
+    first, second = logs(0.5, 0.5, 0.0, 0.0), logs(0.0, 0.0, 0.3, 0.7)
+    assert float(divergence.jensen_shannon(first, second)) == pytest.approx(math.log(2))
+    for order in (0.1, 0.5, 0.9):
+        assert float(divergence.renyi_divergence(first, second, order=order)) == math.inf
+
+
+@given(student=distributions, teacher=distributions, order=st.sampled_from([0.1, 0.5, 0.9]))
+def test_the_renyi_divergence_is_a_monotone_function_of_the_alpha_divergence(
+    student: Tensor, teacher: Tensor, order: float
+) -> None:
+    alpha = float(divergence.alpha_divergence(student, teacher, alpha=order))
+    overlap = 1 - order * (1 - order) * alpha
+    value = float(divergence.renyi_divergence(student, teacher, order=order))
+    if overlap > 1e-3:
+        assert value == pytest.approx(math.log(overlap) / (order - 1), abs=1e-11)
+    # between which it lies, since it grows with the order
+    assert value <= float(divergence.forward_kl(student, teacher)) + 1e-13
+
+
+@pytest.mark.parametrize("order", [0.2, 0.5, 0.9])
+def test_the_renyi_gradient_is_that_of_the_alpha_divergence_over_the_overlap_and_in_closed_form(
+    order: float,
+) -> None:
+    logits, other = pair(5)
+    student, teacher = logits.log_softmax(-1), other.log_softmax(-1)
+    middle = (order * teacher + (1 - order) * student).exp()
+    overlap = float(middle.sum())
+    found, of_alpha = (
+        value_and_gradient(
+            lambda at, name=name, knobs=knobs: ours(name, knobs)(at.log_softmax(-1), teacher),
+            logits,
+        )[1]
+        for name, knobs in (
+            ("renyi_divergence", {"order": order}),
+            ("alpha_divergence", {"alpha": order}),
+        )
+    )
+    closed = student.exp() - middle / overlap
+    assert np.abs(found - closed.numpy()).max() <= 1e-14
+    assert np.abs(found - order * of_alpha / overlap).max() <= 1e-14
+
+
+@pytest.mark.parametrize("order", [0.0, 1.0, -0.1, 1.5, math.nan])
+def test_the_renyi_divergence_refuses_orders_outside_zero_to_one(order: float) -> None:
+    message = f"order must lie strictly between 0 and 1, got {order}"
+    with pytest.raises(ValueError, match=message):
+        divergence.renyi_divergence(logs(0.5, 0.5), logs(0.5, 0.5), order=order)
+
+
+# --------------------------------------------------------------------------------------------
+# The capped forward KL
+
+CAPS = (1e-3, 0.05, 0.3, 5.0)
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "teacher_renormalise"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_capped_forward_kl_agrees_with_the_transcription(
+    cap: float, tail: str, seed: int
+) -> None:
+    student, teacher = pair(seed)
+    knobs = {"cap": cap}
+    for label, kept in SUPPORTS.items():
+        value, gradient = value_and_gradient(
+            on_support("capped_forward_kl", knobs, teacher, kept, tail), student
+        )
+        rows = ref.log_softmax(student), ref.log_softmax(teacher), kept
+
+        def transcribed(*sides: Any) -> float:
+            return ref.capped_forward_kl(*sides, cap=cap)
+
+        def log_slope(*sides: Any) -> Any:
+            return ref.capped_forward_kl_log_slope(*sides, cap=cap)
+
+        expected = ref.divergence_by_tail(transcribed, *rows, tail=tail)
+        assert value == pytest.approx(expected, abs=1e-12), label
+        slope = ref.gradient_by_tail(log_slope, *rows, tail=tail)
+        assert np.abs(gradient - slope).max() <= 1e-12, label
+
+
+def test_the_capped_forward_kl_by_hand_and_where_it_says_that_it_cut() -> None:
+    # Contributions 0.5 log(5 / 2) = 0.458, 0.3 log(3 / 4) = -0.086 and 0.2 log(1 / 2) = -0.139.
+    student, teacher = logs(0.2, 0.4, 0.4), logs(0.5, 0.3, 0.2)
+    parts = [0.5 * math.log(2.5), 0.3 * math.log(0.75), 0.2 * math.log(0.5)]
+    capped = divergence.capped_forward_kl(student, teacher, cap=0.05)
+    assert float(capped) == pytest.approx(0.05 + parts[1] + parts[2], abs=1e-15)
+    assert float(capped) < 0  # no divergence
+    loose = divergence.capped_forward_kl(student, teacher, cap=0.5)
+    assert float(loose) == pytest.approx(sum(parts), abs=1e-15)
+    assert float(loose) == pytest.approx(float(divergence.forward_kl(student, teacher)), abs=1e-15)
+    counted = divergence.capped_forward_kl.counted  # type: ignore[attr-defined]
+    both = torch.stack([student, teacher]), torch.stack([teacher, teacher])
+    assert counted(*both, cap=0.05).tolist() == [True, False]
+    assert counted(*both, cap=0.5).tolist() == [False, False]
+
+
+@given(student=distributions, teacher=distributions, cap=st.sampled_from(CAPS))
+def test_capping_never_raises_the_forward_kl_and_equals_have_none(
+    student: Tensor, teacher: Tensor, cap: float
+) -> None:
+    capped = float(divergence.capped_forward_kl(student, teacher, cap=cap))
+    assert capped <= float(divergence.forward_kl(student, teacher)) + 1e-14
+    assert capped <= 4 * cap
+    _, gradient = value_and_gradient(
+        lambda at: divergence.capped_forward_kl(at.log_softmax(-1), teacher, cap=cap), teacher
+    )
+    assert np.abs(gradient).max() <= 1e-14
+
+
+def test_a_token_that_the_student_cannot_say_is_cut_off_and_not_taught() -> None:
+    leaf = torch.tensor([0.1, 0.3, -math.inf], dtype=F64)
+    value, gradient = value_and_gradient(
+        lambda at: divergence.capped_forward_kl(at.log_softmax(-1), logs(0.4, 0.4, 0.2), cap=0.05),
+        leaf,
+    )
+    assert math.isfinite(value)
+    assert np.isfinite(gradient).all()
+    assert gradient[2] == 0
+    without = divergence.capped_forward_kl(logs(0.5, 0.5, 0.0), logs(0.5, 0.5, 0.0), cap=0.05)
+    assert float(without) == 0
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, math.nan])
+def test_a_cap_that_is_not_positive_is_refused(cap: float) -> None:
+    with pytest.raises(ValueError, match=f"cap must be positive, got {cap}"):
+        divergence.capped_forward_kl(logs(0.5, 0.5), logs(0.5, 0.5), cap=cap)
+
+
+# --------------------------------------------------------------------------------------------
+# The candidates, each with its own log ratio
+
+
+def candidates(teacher: Tensor, kept: list[int], tail: str) -> Callable[[Tensor], Tensor]:
+    ids = torch.tensor(kept)
+
+    def value(logits: Tensor) -> Tensor:
+        student, view = logits.log_softmax(-1), teacher.log_softmax(-1)
+        return divergence.candidate_advantage_loss(
+            compared(student, kept, tail, "student"),
+            support.restrict(student, ids),
+            support.restrict(view, ids),
+        )
+
+    return value
+
+
+@pytest.mark.parametrize("tail", ["truncate", "renormalise"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_candidates_loss_agrees_with_the_transcription(tail: str, seed: int) -> None:
+    student, teacher = pair(seed)
+    ours_, theirs = ref.log_softmax(student), ref.log_softmax(teacher)
+    for label, kept in SUPPORTS.items():
+        value, gradient = value_and_gradient(candidates(teacher, kept, tail), student)
+        weight = ref.restrict_by_tail(ours_, kept, tail=tail, side="student")
+        sides = ref.restrict(ours_, kept), ref.restrict(theirs, kept)
+        expected = ref.candidate_advantage_loss(weight, *sides)
+        assert value == pytest.approx(expected, abs=1e-12), label
+        slope = ref.candidate_advantage_loss_gradient(ours_, theirs, kept, tail=tail)
+        assert np.abs(gradient - slope).max() <= 1e-12, label
+        declared = gradient_on(student, teacher, kept)
+        mass = sum(math.exp(ours_[v]) for v in kept if v >= 0)
+        divided_by = 1.0 if tail == "truncate" else mass
+        assert np.abs(gradient - declared / divided_by).max() <= 1e-12, label
+
+
+def gradient_on(student: Tensor, teacher: Tensor, kept: list[int]) -> Any:
+    formula = on_support("truncated_reverse_kl", {}, teacher, kept, "truncate")
+    return value_and_gradient(formula, student)[1]
+
+
+def test_the_candidates_loss_by_hand() -> None:
+    # Entries 1/2 and 1/4 of the student, 1/4 and 1/2 of the view: log ratios -log 2 and log 2,
+    # times log 1/2 and log 1/4, weighted with 2/3 and 1/3: -(2/3 - 2/3) log(2)^2 = 0; with 1/2 and
+    # 1/4 of a truncated student 0 too; alone, the second is 2 log(2)^2 / 4.
+    student, view = logs(0.5, 0.25), logs(0.25, 0.5)
+    for weights in (logs(2 / 3, 1 / 3), student):
+        value = divergence.candidate_advantage_loss(weights, student, view)
+        assert float(value) == pytest.approx(0, abs=1e-15)
+    alone = divergence.candidate_advantage_loss(student[1:], student[1:], view[1:])
+    assert float(alone) == pytest.approx(math.log(2) ** 2 / 2, abs=1e-15)
+    # not normalised: a view that is a score of twice the log ratio
+    value = divergence.candidate_advantage_loss(student[:1], student[:1], 3 * student[:1])
+    assert float(value) == pytest.approx(-0.5 * 2 * math.log(2) ** 2, abs=1e-15)
+
+
+def test_the_candidates_loss_rests_where_the_two_agree_on_the_support_only() -> None:
+    draw, teacher = pair(36, 6)
+    mass = float(teacher.softmax(-1)[:3].sum())
+    agreeing = with_mass(teacher[:3], draw[3:], mass)
+    value, gradient = value_and_gradient(candidates(teacher, KEPT, "renormalise"), agreeing)
+    assert value == pytest.approx(0, abs=1e-14)
+    assert np.abs(gradient).max() <= 1e-14
+    # A student that is surer of the support than the teacher, entry by entry, leaves it.
+    surer = with_mass(teacher[:3], draw[3:], 0.9 + 0.1 * mass)
+    gradient = value_and_gradient(candidates(teacher, KEPT, "renormalise"), surer)[1]
+    assert (gradient[:3] > 1e-5).all()
+    assert (gradient[3:] < 0).all()
+
+
+def test_the_candidates_loss_is_infinite_only_where_the_student_uses_what_the_view_lacks() -> None:
+    student, view = logs(0.5, 0.5, 0.0), logs(0.5, 0.0, 0.5)
+    value = divergence.candidate_advantage_loss(student, student, view)
+    assert abs(float(value)) == math.inf
+    leaf = logs(0.5, 0.25, 0.0).requires_grad_()
+    value = divergence.candidate_advantage_loss(leaf.detach(), leaf, logs(0.25, 0.5, 0.0))
+    value.backward()
+    assert float(value.detach()) == pytest.approx(0, abs=1e-15)
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == pytest.approx([0.5 * math.log(2), -0.25 * math.log(2), 0.0])
+    # A bucket is no candidate: it has weight and nothing of its own.
+    bucket = divergence.candidate_advantage_loss(
+        logs(0.5, 0.25, 0.25), logs(0.5, 0.25, 0.0), logs(0.25, 0.5, 0.0)
+    )
+    assert float(bucket) == pytest.approx(0, abs=1e-15)
+    unused = divergence.candidate_advantage_loss(logs(1.0, 0.0), logs(1.0, 0.0), logs(0.5, 0.5))
+    assert float(unused) == pytest.approx(0, abs=1e-15)
+
+
+# --------------------------------------------------------------------------------------------
+# The hybrid of a data token and what the student would say instead
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_hybrid_is_the_mean_of_the_published_rule_over_the_drawn_token(seed: int) -> None:
+    student, teacher = pair(seed)
+    rows = ref.log_softmax(student), ref.log_softmax(teacher)
+    signs = set()
+    for token in range(9):
+        value, gradient = value_and_gradient(
+            lambda at, token=token: divergence.hybrid_policy(
+                at.log_softmax(-1), teacher.log_softmax(-1), torch.tensor(token)
+            ),
+            student,
+        )
+        assert value == pytest.approx(ref.hybrid_policy(*rows, token), abs=1e-12)
+        assert np.abs(gradient - ref.hybrid_policy_gradient(*rows, token)).max() <= 1e-12
+        signs.add(bool(rows[1][token] > rows[0][token]))
+    assert signs == {True, False}
+
+
+def test_the_hybrid_by_hand() -> None:
+    # k: 1/4 log 2, 1/2 log(1/2) and 1/4: 0. The entry that is pushed down has mass 1/2.
+    student, teacher = logs(0.25, 0.5, 0.25), logs(0.5, 0.25, 0.25)
+    log = math.log(2)
+    first = (0.5 * 1.5 + 0.25 * log) * 2 * log - 0.5 * 0.5 * log * log
+    second = -0.5 * log * log  # the data's own token is overrated: down by k alone
+    third = -0.5 * 0.5 * log * log
+    tokens = torch.tensor([0, 1, 2])
+    found = divergence.hybrid_policy(student.expand(3, 3), teacher.expand(3, 3), tokens)
+    assert found.tolist() == pytest.approx([first, second, third], abs=1e-15)
+
+
+def test_a_student_that_is_its_teacher_learns_nothing_from_the_hybrid() -> None:
+    _, teacher = pair(3)
+    for token in range(9):
+        value, gradient = value_and_gradient(
+            lambda at, token=token: divergence.hybrid_policy(
+                at.log_softmax(-1), teacher.log_softmax(-1), torch.tensor(token)
+            ),
+            teacher,
+        )
+        assert value == pytest.approx(0, abs=1e-14)
+        assert np.abs(gradient).max() <= 1e-14
+
+
+@pytest.mark.parametrize("token", [0, 2])
+def test_entries_that_the_student_does_not_use_leave_the_hybrid_finite(token: int) -> None:
+    value, gradient = value_and_gradient(
+        lambda at: divergence.hybrid_policy(
+            at.log_softmax(-1), logs(0.4, 0.2, 0.2, 0.2), torch.tensor(token)
+        ),
+        torch.tensor([0.1, 0.9, -0.3, -math.inf], dtype=F64),
+    )
+    assert math.isfinite(value)
+    assert np.isfinite(gradient).all()
+    assert gradient[3] == 0
+
+
+# --------------------------------------------------------------------------------------------
+# k3 with the ratio that makes it good
+
+
+@given(st.floats(-6, -0.01), st.floats(-6, -0.01), st.floats(-6, -0.01))
+def test_the_corrected_k3_agrees_with_the_transcription_and_is_never_negative(
+    student: float, teacher: float, old: float
+) -> None:
+    leaf = torch.tensor(student, dtype=F64, requires_grad=True)
+    sides = torch.tensor(teacher, dtype=F64), torch.tensor(old, dtype=F64)
+    value = divergence.corrected_k3(leaf, *sides)
+    (slope,) = torch.autograd.grad(value, leaf)
+    assert float(value.detach()) >= 0
+    size = math.exp(student - old) * (1 + math.exp(teacher - student))
+    expected = ref.corrected_k3(student, teacher, old)
+    assert float(value.detach()) == pytest.approx(expected, abs=1e-12 * size)
+    expected = ref.corrected_k3_slope(student, teacher, old)
+    assert float(slope) == pytest.approx(expected, abs=1e-12 * size)
+
+
+def test_the_corrected_k3_by_hand_and_its_slope_on_the_weights_of_the_rollout() -> None:
+    # Ratio 2 and u = 1/2: 2 (1/2 - 1 + log 2); on the rollout the slope is -r.
+    student, teacher, old = (logs(mass)[0] for mass in (0.5, 0.25, 0.25))
+    value = divergence.corrected_k3(student, teacher, old)
+    assert float(value) == pytest.approx(2 * (math.log(2) - 0.5), abs=1e-15)
+    leaf = student.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(divergence.corrected_k3(leaf, teacher, student), leaf)
+    assert float(slope) == pytest.approx(math.log(2), abs=1e-15)
+    equal = divergence.corrected_k3(student, student, old)
+    assert float(equal) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_corrected_k3_has_the_gradient_of_the_reverse_kl_on_anybodys_tokens(seed: int) -> None:
+    student, teacher = pair(seed)
+    old, _ = pair(seed + 50)
+    sampler = old.log_softmax(-1)
+    _, exact = value_and_gradient(
+        lambda at: divergence.reverse_kl(at.log_softmax(-1), teacher.log_softmax(-1)), student
+    )
+    found = np.zeros(9)
+    for token, probability in enumerate(sampler.exp().tolist()):
+        _, gradient = value_and_gradient(
+            lambda at, token=token: divergence.corrected_k3(
+                at.log_softmax(-1)[token], teacher.log_softmax(-1)[token], sampler[token]
+            ),
+            student,
+        )
+        found += probability * gradient
+    assert np.abs(found - exact).max() <= 1e-12
+    # which k3 alone is not
+    plain = expected_gradient(divergence.forward_kl_k3, student, teacher)
+    assert np.abs(plain - exact).max() > 1e-3
+
+
+def test_a_token_without_teacher_mass_makes_the_corrected_k3_infinite_and_no_nan() -> None:
+    leaf = torch.tensor([-1.0, -1.0], dtype=torch.float32, requires_grad=True)
+    value = divergence.corrected_k3(
+        leaf, torch.tensor([-math.inf, -2.0]), torch.tensor([-1.0, -1.0])
+    )
+    assert float(value[0].detach()) == math.inf
+    torch.where(value.isfinite(), value, 0.0).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == pytest.approx([0.0, 1.0], rel=1e-6)

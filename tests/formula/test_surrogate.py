@@ -422,3 +422,51 @@ def test_inside_the_support_the_residual_is_exactly_nothing() -> None:
     assert student.grad.tolist() == [0.0, 0.0, -0.25]
     assert student_tail.grad is not None
     assert student_tail.grad.tolist() == pytest.approx([0.0, 0.0, -0.4])
+
+
+# --------------------------------------------------------------------------------------------
+# Text of an unknown policy
+
+
+def test_the_shaped_probability_by_hand() -> None:
+    # Probabilities 0.1, 0.3 and 0.9 at c = 0.1: f = 1/2, 3/4 and 9/10, f (1 - f) = 1/4, 3/16, 9/100
+    loss, slope = loss_and_slope(
+        lambda x: surrogate.shaped_probability(x, tensor(2.0, 2.0, -2.0), half_at=0.1),
+        tensor(0.1, 0.3, 0.9).log(),
+    )
+    assert loss.tolist() == pytest.approx([-1.0, -1.5, 1.8], rel=1e-12)
+    assert slope.tolist() == pytest.approx([-1 / 2, -3 / 8, 0.18], rel=1e-12)
+
+
+@given(st.floats(-20, 0), real, st.floats(0.001, 2))
+def test_the_shaped_probability_weighs_the_score_by_a_quarter_at_most_and_most_at_c(
+    logp: float, advantage: float, c: float
+) -> None:
+    _, slope = loss_and_slope(
+        lambda x: surrogate.shaped_probability(x, tensor(advantage), half_at=c), tensor(logp)
+    )
+    _, at_c = loss_and_slope(
+        lambda x: surrogate.shaped_probability(x, tensor(advantage), half_at=c), tensor(math.log(c))
+    )
+    assert float(at_c) == pytest.approx(-advantage / 4, rel=1e-12)
+    assert abs(float(slope)) <= abs(advantage) / 4 * (1 + 1e-12)
+    assert float(slope) * advantage <= 0
+    share = math.exp(logp) / (math.exp(logp) + c)
+    assert float(slope) == pytest.approx(-advantage * share * (1 - share), rel=1e-9, abs=1e-15)
+
+
+def test_a_token_that_the_student_cannot_say_or_always_says_makes_no_nan() -> None:
+    loss, slope = loss_and_slope(
+        lambda x: surrogate.shaped_probability(x, tensor(1.0, 1.0, 0.0), half_at=0.1),
+        tensor(NONE, 0.0, NONE),
+    )
+    assert loss.tolist() == pytest.approx([0.0, -1 / 1.1, 0.0])
+    assert slope.tolist() == pytest.approx([0.0, -0.1 / 1.1**2, 0.0])
+    held = tensor(2.0).requires_grad_()
+    assert not surrogate.shaped_probability(tensor(-1.0), held, half_at=0.1).requires_grad
+
+
+@pytest.mark.parametrize("half_at", [0.0, -0.1, math.nan])
+def test_a_probability_of_one_half_that_is_none_is_refused(half_at: float) -> None:
+    with pytest.raises(ValueError, match=f"half_at is a probability > 0, got {half_at}"):
+        surrogate.shaped_probability(OLD, POSITIVE, half_at=half_at)

@@ -31,6 +31,7 @@ from opd.formula import (
     regulariser,
     reward,
     routing,
+    selection,
     support,
     surrogate,
     weight,
@@ -408,10 +409,16 @@ def _with_uncancelled(
 
 DIVERGENCES: Mapping[str, Mapping[str, float]] = {
     "alpha_divergence": {"alpha": 0.4},
+    "candidate_advantage_loss": {},
+    "capped_forward_kl": {"cap": 0.05},
+    "corrected_k3": {},
     "forward_kl": {},
     "forward_kl_k3": {},
     "generalized_jsd": {"teacher_weight": 0.3},
+    "hybrid_policy": {},
+    "jensen_shannon": {},
     "power_divergence": {"power": 0.5},
+    "renyi_divergence": {"order": 0.6},
     "reverse_kl": {},
     "reverse_kl_k2": {},
     "skew_forward_kl": {"skew": 0.2},
@@ -420,8 +427,15 @@ DIVERGENCES: Mapping[str, Mapping[str, float]] = {
     "total_variation": {},
     "truncated_reverse_kl": {},
 }
-AT_THE_TOKEN = ("forward_kl_k3", "reverse_kl_k2")
-INFINITE_WITHOUT_TEACHER = ("reverse_kl", "truncated_reverse_kl", "reverse_kl_k2", "forward_kl_k3")
+AT_THE_TOKEN = ("corrected_k3", "forward_kl_k3", "reverse_kl_k2")
+OF_EVERYTHING = ("hybrid_policy",)
+INFINITE_WITHOUT_TEACHER = (
+    *AT_THE_TOKEN,
+    "candidate_advantage_loss",
+    "hybrid_policy",
+    "reverse_kl",
+    "truncated_reverse_kl",
+)
 
 SUPPORTS: Mapping[str, Bound] = {
     "full": Bound.of(support.full),
@@ -439,7 +453,9 @@ def tails(chosen: str, named: str) -> Iterator[str]:
     """The tail rules under which a divergence means something on a support."""
     if chosen == "full":
         yield ""
-    elif named not in AT_THE_TOKEN:
+    elif named == "capped_forward_kl" and chosen == "sampled":
+        return  # of two entries one is cut off, and the other's value and slope cancel
+    elif named not in (*AT_THE_TOKEN, *OF_EVERYTHING):
         yield "bucket"
         if chosen != "sampled":  # one entry, conditional on itself: 0 for any pair
             yield "renormalise"
@@ -708,7 +724,7 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
     "weights that keep their mass": (
         replace(
             LOG_RATIO,
-            weights=(weight.trust, partial(weight.keep_unlikely, share=0.6)),
+            weights=(weight.trust, partial(selection.keep_unlikely, share=0.6)),
             preserve_mass=True,
         ),
     ),

@@ -4,8 +4,8 @@
 result. They are deleted before anything is added up, so they take no time: the last token before
 a gap and the first one after it are one step apart. The result is 0 there.
 
-Most functions take one response. The baselines that look at other responses, and
-`length_neutral_future`, take a batch, `[B, T]`.
+Most functions take one response. The baselines that look at other responses, `standardised` and
+`length_neutral_future` take a batch, `[B, T]`.
 
 Source: survey of on-policy distillation, arXiv:2606.22793, Eqs. 8, 15, 16, 18 and 20-23. That
 gaps take no time is our convention; the papers have none.
@@ -231,6 +231,81 @@ def gae(
                 k_step += gamma**step * rewards[kept[i + step]]
             weight = gae_lambda ** (k - 1) * (1.0 if k == remaining else 1 - gae_lambda)
             advantage[t] += weight * k_step
+    return advantage
+
+
+def mean_future(reward: npt.ArrayLike, mask: npt.ArrayLike) -> Row:
+    """advantage(t) = mean of reward(k) over k > t; 0 at the last token.
+
+    Source: Gu et al., MiniLLM, arXiv:2306.08543 (length normalisation of the long part).
+    """
+    rewards, looked_at = _inputs(reward, mask)
+    kept = _open(looked_at)
+    advantage = np.zeros(len(rewards))
+    for start, t in enumerate(kept):
+        later = [rewards[k] for k in kept[start + 1 :]]
+        advantage[t] = sum(later) / len(later) if later else 0.0
+    return advantage
+
+
+def scaled_by_turn(reward: npt.ArrayLike, mask: npt.ArrayLike, *, gain_cap: float) -> Row:
+    """advantage(t) = min(d_1 / d_k, 1 + gain_cap) * reward(t) in turn k > 1, reward(t) in turn 1.
+
+    d_k is the mean |reward| of turn k, and a turn is a stretch of open tokens without a gap.
+
+    Source: arXiv:2605.07725 (SOD), without what it adds to every d.
+    """
+    rewards, looked_at = _inputs(reward, mask)
+    turns: list[list[int]] = []
+    for t in range(len(rewards)):
+        if not looked_at[t]:
+            continue
+        if t == 0 or not looked_at[t - 1]:
+            turns.append([])
+        turns[-1].append(t)
+    drift = [sum(abs(rewards[t]) for t in turn) / len(turn) for turn in turns]
+    advantage = np.zeros(len(rewards))
+    for k, turn in enumerate(turns):
+        for t in turn:
+            if k == 0:
+                advantage[t] = rewards[t]
+            elif drift[k] > 0:  # else every reward of the turn is 0
+                advantage[t] = min(drift[0] / drift[k], 1 + gain_cap) * rewards[t]
+    return advantage
+
+
+def bounded_return(reward: npt.ArrayLike, mask: npt.ArrayLike, *, gamma: float) -> Row:
+    """advantage(t) = G(t) / (mean over the response of |G| + |G(t)|), G the discounted return.
+
+    Source: arXiv:2609.16937, Eq. 7.
+    """
+    returns = discounted(reward, mask, gamma=gamma)
+    kept = _open(np.asarray(mask, dtype=np.bool_))
+    advantage = np.zeros(len(returns))
+    usual = sum(abs(returns[t]) for t in kept) / len(kept) if kept else 0.0
+    for t in kept:
+        if usual > 0:
+            advantage[t] = returns[t] / (usual + abs(returns[t]))
+    return advantage
+
+
+def standardised(reward: npt.ArrayLike, mask: npt.ArrayLike) -> Row:
+    """(reward - mean) / sqrt(variance + 1e-8) over every open token of the batch, `[B, T]`.
+
+    The variance is that of a sample; of a single token 0.
+
+    Source: arXiv:2606.09091 (GNDPO), its code.
+    """
+    rewards, looked_at = _batch(reward, mask)
+    seen = [float(rewards[index]) for index in np.ndindex(rewards.shape) if looked_at[index]]
+    advantage = np.zeros(rewards.shape)
+    if not seen:
+        return advantage
+    mean = math.fsum(seen) / len(seen)
+    variance = math.fsum((x - mean) ** 2 for x in seen) / max(len(seen) - 1, 1)
+    for index in np.ndindex(rewards.shape):
+        if looked_at[index]:
+            advantage[index] = (rewards[index] - mean) / math.sqrt(variance + 1e-8)
     return advantage
 
 

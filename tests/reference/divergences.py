@@ -181,6 +181,89 @@ def alpha_divergence(
     return (1 - overlap) / (alpha * (1 - alpha))
 
 
+def jensen_shannon(student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike) -> float:
+    """1/2 KL(teacher || m) + 1/2 KL(student || m), m = (teacher + student) / 2.
+
+    Source: Lin, doi:10.1109/18.61115.
+    """
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    middle = mix(student, teacher, teacher_weight=0.5)
+    return 0.5 * _kl(teacher, middle) + 0.5 * _kl(student, middle)
+
+
+def renyi_divergence(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, order: float
+) -> float:
+    """log(sum_v teacher(v)^a * student(v)^(1 - a)) / (a - 1), a = order in (0, 1).
+
+    Infinite where no entry has mass on both sides. Two rows without any mass (an empty support)
+    are 0 apart.
+
+    Source: Renyi (1961); arXiv:2608.09745.
+    """
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    if _massless(student) and _massless(teacher):
+        return 0.0
+    overlap = sum(_shared_powers(student, teacher, order))
+    return math.log(overlap) / (order - 1) if overlap > 0 else math.inf
+
+
+def capped_forward_kl(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, cap: float
+) -> float:
+    """sum_v min(teacher(v) * log(teacher(v) / student(v)), cap).
+
+    Source: arXiv:2601.18734 (OPSD).
+    """
+    total = 0.0
+    for contribution in _forward_parts(_row(student_log_probs), _row(teacher_log_probs)):
+        total += min(contribution, cap)
+    return total
+
+
+def hybrid_policy(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, token: int
+) -> float:
+    """The mean of `hybrid_policy_of_draw` over one token that the student draws."""
+    student = _row(student_log_probs)
+    total = 0.0
+    for drawn in range(len(student)):
+        value, _ = hybrid_policy_of_draw(student, _row(teacher_log_probs), token, drawn)
+        total += math.exp(student[drawn]) * value
+    return total
+
+
+def hybrid_policy_of_draw(student: Row, teacher: Row, token: int, drawn: int) -> tuple[float, Row]:
+    """The published loss for a data token y and one drawn token v, and its logit gradient.
+
+        k(v) = student(v) * log(teacher(v) / student(v)),  held fixed
+        weight of y: k(y), and where that is positive teacher(y) * (1 + [k(v) < 0]) beside it
+        loss = -weight * log student(y) - [v != y and k(v) < 0] * k(v) * log student(v)
+
+    so that over v the weights average to those of the expected rule. The gradient is held fixed
+    in the probability with which v is drawn.
+
+    Source: arXiv:2604.20244 (HPD), its code.
+    """
+
+    def pull(v: int) -> float:
+        return math.exp(student[v]) * (teacher[v] - student[v]) if student[v] > -math.inf else 0.0
+
+    size = len(student)
+    down = pull(drawn) < 0
+    weight = pull(token)
+    if weight > 0:
+        weight += math.exp(teacher[token]) * (2.0 if down else 1.0)
+    on = np.zeros(size)
+    on[token] += weight
+    if down and drawn != token:
+        on[drawn] += pull(drawn)
+    loss = 0.0
+    for v in range(size):
+        loss -= on[v] * student[v] if on[v] != 0 else 0.0
+    return loss, np.array([-on[j] + on.sum() * math.exp(student[j]) for j in range(size)])
+
+
 def squared_hellinger(student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike) -> float:
     """1/2 * sum_v (sqrt(teacher(v)) - sqrt(student(v)))^2, between 0 and 1.
 
@@ -279,6 +362,55 @@ def alpha_divergence_gradient(
     return np.array(
         [(sum(overlap) * math.exp(student[j]) - overlap[j]) / alpha for j in range(len(student))]
     )
+
+
+def jensen_shannon_gradient(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike
+) -> Row:
+    """student(j) * (log(student(j) / m(j)) - KL(student || m)) / 2."""
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    middle = mix(student, teacher, teacher_weight=0.5)
+    divergence = _kl(student, middle)
+    gradient = np.zeros(len(student))
+    for j in range(len(student)):
+        if student[j] > -math.inf:
+            gradient[j] = math.exp(student[j]) * (student[j] - middle[j] - divergence) / 2
+    return gradient
+
+
+def renyi_divergence_gradient(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, order: float
+) -> Row:
+    """student(j) - m(j), m proportional to teacher^a * student^(1 - a)."""
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    _require_finite(renyi_divergence(student, teacher, order=order), "Renyi divergence")
+    middle = _shared_powers(student, teacher, order)
+    return np.array([math.exp(student[j]) - middle[j] / sum(middle) for j in range(len(student))])
+
+
+def capped_forward_kl_gradient(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, *, cap: float
+) -> Row:
+    """-sum over v that are not cut off of teacher(v) * ([v == j] - student(j))."""
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    gradient = np.zeros(len(student))
+    for v, contribution in enumerate(_forward_parts(student, teacher)):
+        if contribution < cap:
+            for j in range(len(student)):
+                gradient[j] -= math.exp(teacher[v]) * (float(v == j) - math.exp(student[j]))
+    return gradient
+
+
+def hybrid_policy_gradient(
+    student_log_probs: npt.ArrayLike, teacher_log_probs: npt.ArrayLike, token: int
+) -> Row:
+    """The mean of the published gradient over one token that the student draws."""
+    student = _row(student_log_probs)
+    total = np.zeros(len(student))
+    for drawn in range(len(student)):
+        _, gradient = hybrid_policy_of_draw(student, _row(teacher_log_probs), token, drawn)
+        total += math.exp(student[drawn]) * gradient
+    return total
 
 
 def squared_hellinger_gradient(
@@ -583,6 +715,20 @@ def reverse_kl_k2_slope(student_logp: float, teacher_logp: float) -> float:
     return student_logp - teacher_logp
 
 
+def corrected_k3(student_logp: float, teacher_logp: float, old_logp: float) -> float:
+    """student / old * (u - 1 - log u) of the sampled token, u = teacher / student.
+
+    Source: arXiv:2604.10674 (Skill-SD).
+    """
+    log_ratio = teacher_logp - student_logp
+    return math.exp(student_logp - old_logp) * (math.expm1(log_ratio) - log_ratio)
+
+
+def corrected_k3_slope(student_logp: float, teacher_logp: float, old_logp: float) -> float:
+    """-student / old * r: the ratio's own slope takes u - 1 out of that of k3, -(u - 1)."""
+    return -math.exp(student_logp - old_logp) * (teacher_logp - student_logp)
+
+
 def forward_kl_k3(student_logp: float, teacher_logp: float) -> float:
     """exp(r) - 1 - r, r = teacher_logp - student_logp.
 
@@ -746,6 +892,49 @@ def truncated_reverse_kl(
     return _kl(_row(student_log_probs), _row(teacher_log_probs))
 
 
+def candidate_advantage_loss(
+    student_log_probs: npt.ArrayLike,
+    student_support_logp: npt.ArrayLike,
+    teacher_support_logp: npt.ArrayLike,
+) -> float:
+    """-sum_v s(v) * (log teacher(v) - log student(v)) * log student(v), s the first argument.
+
+    The first factors are held fixed. An entry without weight, as one that is absent, says nothing.
+
+    Source: arXiv:2604.13016, with the student's weights.
+    """
+    weight, student = _row(student_log_probs), _row(student_support_logp)
+    teacher = _row(teacher_support_logp)
+    total = 0.0
+    for v in range(len(weight)):
+        if weight[v] > -math.inf:
+            total -= math.exp(weight[v]) * (teacher[v] - student[v]) * student[v]
+    return total
+
+
+def candidate_advantage_loss_gradient(
+    student_log_probs: npt.ArrayLike,
+    teacher_log_probs: npt.ArrayLike,
+    ids: Sequence[int],
+    *,
+    tail: str,
+) -> Row:
+    """Of `candidate_advantage_loss` by the logits of the vocabulary, both sides on `ids`.
+
+    -sum over v of ids of s(v) * (log teacher(v) - log student(v)) * ([v == j] - student(j)).
+    """
+    student, teacher = _row(student_log_probs), _row(teacher_log_probs)
+    weight = restrict_by_tail(student, ids, tail=tail, side="student")
+    gradient = np.zeros(len(student))
+    for place, v in enumerate(ids):
+        if v < 0 or student[v] == -math.inf:
+            continue
+        pull = math.exp(weight[place]) * (teacher[v] - student[v])
+        for j in range(len(student)):
+            gradient[j] -= pull * (float(v == j) - math.exp(student[j]))
+    return gradient
+
+
 def divergence_by_tail(
     divergence: Divergence,
     student_log_probs: npt.ArrayLike,
@@ -870,6 +1059,27 @@ def alpha_divergence_log_slope(student: Row, teacher: Row, *, alpha: float) -> R
     )
 
 
+def jensen_shannon_log_slope(student: Row, teacher: Row) -> Row:
+    """student(v) * log(student(v) / m(v)) / 2."""
+    return generalized_jsd_log_slope(student, teacher, teacher_weight=0.5)
+
+
+def renyi_divergence_log_slope(student: Row, teacher: Row, *, order: float) -> Row:
+    """-teacher(v)^a * student(v)^(1 - a), over its sum; 0 on an empty support."""
+    middle = _shared_powers(student, teacher, order)
+    if _massless(student) and _massless(teacher):
+        return np.zeros(len(student))
+    return np.array([-part / sum(middle) for part in middle])
+
+
+def capped_forward_kl_log_slope(student: Row, teacher: Row, *, cap: float) -> Row:
+    """-teacher(v), 0 where it is cut off."""
+    parts = _forward_parts(student, teacher)
+    return np.array(
+        [-math.exp(t) if part < cap else 0.0 for t, part in zip(teacher, parts, strict=True)]
+    )
+
+
 def squared_hellinger_log_slope(student: Row, teacher: Row) -> Row:
     """-sqrt(teacher(v) * student(v)) / 2: of 1 - sum of roots, on rows that are normalised."""
     return np.array([-0.5 * math.exp(0.5 * (s + t)) for s, t in _pairs(student, teacher)])
@@ -933,6 +1143,22 @@ def _product_of_powers(log_x: float, a: float, log_y: float, b: float) -> float:
     if log_y == -math.inf:
         return 0.0 if b > 0 else math.inf
     return math.exp(a * log_x + b * log_y)
+
+
+def _shared_powers(student: Row, teacher: Row, order: float) -> list[float]:
+    """teacher(v)^a * student(v)^(1 - a), 0 where either has no mass, for a in (0, 1)."""
+    return [_product_of_powers(t, order, s, 1 - order) for s, t in _pairs(student, teacher)]
+
+
+def _forward_parts(student: Row, teacher: Row) -> list[float]:
+    """teacher(v) * log(teacher(v) / student(v)) with the limit convention."""
+    parts = []
+    for s, t in _pairs(student, teacher):
+        if t == -math.inf:
+            parts.append(0.0)
+        else:
+            parts.append(math.inf if s == -math.inf else math.exp(t) * (t - s))
+    return parts
 
 
 def _centred(student: Row, slope: Row) -> Row:

@@ -165,6 +165,23 @@ def geometric_ratio(
     return _surrogate(formula, student_logp, old_logp, teacher_logp, advantage)
 
 
+def shaped_probability(
+    student_logp: npt.ArrayLike, advantage: npt.ArrayLike, *, half_at: float
+) -> Surrogate:
+    """-A f, f = x / (x + half_at) with x = student(token). Slope: -A f (1 - f).
+
+    Derivation: df / dx = c / (x + c)^2, times dx / d student_logp = x.
+
+    Source: arXiv:2504.14945 (LUFFY).
+    """
+
+    def formula(logp: float, a: float) -> tuple[float, float]:
+        x = math.exp(logp)
+        return -a * x / (x + half_at), -a * half_at * x / (x + half_at) ** 2
+
+    return _surrogate(formula, student_logp, advantage)
+
+
 def tail_residual(
     student_logp: npt.ArrayLike,
     advantage: npt.ArrayLike,

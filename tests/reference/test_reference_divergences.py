@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,17 @@ FULL: dict[str, tuple[dv.Divergence, Callable[[Array, Array], Array], dv.LogSlop
         dv.total_variation_log_slope,
     ),
 }
+FULL["jensen_shannon"] = (
+    dv.jensen_shannon,
+    dv.jensen_shannon_gradient,
+    dv.jensen_shannon_log_slope,
+)
+for a in (0.2, 0.5, 0.7):
+    FULL[f"renyi_divergence {a}"] = (
+        partial(dv.renyi_divergence, order=a),
+        partial(dv.renyi_divergence_gradient, order=a),
+        partial(dv.renyi_divergence_log_slope, order=a),
+    )
 for w in (0.1, 0.5, 0.9):
     FULL[f"generalized_jsd {w}"] = (
         partial(dv.generalized_jsd, teacher_weight=w),
@@ -377,6 +389,7 @@ def test_sampled_estimators_have_the_gradients_their_names_say(rows: tuple[Array
     for value, slope in (
         (dv.reverse_kl_k2, dv.reverse_kl_k2_slope),
         (dv.forward_kl_k3, dv.forward_kl_k3_slope),
+        (partial(dv.corrected_k3, old_logp=-0.9), partial(dv.corrected_k3_slope, old_logp=-0.9)),
     ):
         numeric = (value(-1.3 + 1e-6, -0.4) - value(-1.3 - 1e-6, -0.4)) / 2e-6
         assert slope(-1.3, -0.4) == pytest.approx(numeric, abs=1e-8)
@@ -409,3 +422,82 @@ def test_smoothing_is_a_mixture_with_the_uniform_row() -> None:
     # Smoothing the listed entries is listing the smoothed ones.
     listed = dv.smooth(dv.restrict(row, [3, 0]), smoothing=0.2, vocab_size=4)
     assert listed == pytest.approx(dv.restrict(smoothed, [3, 0]))
+
+
+@pytest.mark.parametrize("cap", [1e-3, 0.05, 0.3, 10.0])
+def test_the_gradient_of_the_capped_forward_kl_matches_finite_differences(
+    cap: float, rows: tuple[Array, Array]
+) -> None:
+    teacher = log_softmax(rows[1])
+
+    def loss(z: Array) -> float:
+        return dv.capped_forward_kl(log_softmax(z), teacher, cap=cap)
+
+    exact = dv.capped_forward_kl_gradient(log_softmax(rows[0]), teacher, cap=cap)
+    assert largest(exact - finite_differences(loss, rows[0])) <= GRADIENT_BOUND
+    if cap > 5:
+        assert largest(exact - dv.forward_kl_gradient(log_softmax(rows[0]), teacher)) <= 1e-15
+        assert loss(rows[0]) == dv.forward_kl(log_softmax(rows[0]), teacher)
+    for support, tail in itertools.product(SUPPORTS, NORMALISING):
+        log_slope = partial(dv.capped_forward_kl_log_slope, cap=cap)
+        of_tail = partial(dv.capped_forward_kl, cap=cap)
+        general = dv.gradient_by_tail(log_slope, log_softmax(rows[0]), teacher, support, tail=tail)
+
+        def by_tail(
+            z: Array, support: list[int] = support, tail: str = tail, value: Any = of_tail
+        ) -> float:
+            return dv.divergence_by_tail(value, log_softmax(z), teacher, support, tail=tail)
+
+        assert largest(general - finite_differences(by_tail, rows[0])) <= GRADIENT_BOUND
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_the_candidates_loss_is_the_truncated_reverse_kls_or_that_by_the_mass(
+    support: list[int], rows: tuple[Array, Array]
+) -> None:
+    student, teacher = log_softmax(rows[0]), log_softmax(rows[1])
+    slope = dv.truncated_reverse_kl_log_slope
+    declared = dv.gradient_by_tail(slope, student, teacher, support, tail="truncate")
+    mass = sum(math.exp(student[v]) for v in support if v >= 0)
+    for tail, divided_by in (("truncate", 1.0), ("renormalise", mass)):
+        found = dv.candidate_advantage_loss_gradient(student, teacher, support, tail=tail)
+        assert largest(found - declared / divided_by) <= 1e-14
+    # The value, with its first factors held fixed, has that gradient.
+    weight = dv.restrict_by_tail(student, support, tail="truncate", side="student")
+    sides = [dv.restrict(row, support) for row in (student, teacher)]
+    ours, theirs = sides
+    pull = [
+        math.exp(w) * (t - o) if w > -math.inf else 0.0
+        for w, o, t in zip(weight, ours, theirs, strict=True)
+    ]
+
+    def held_fixed(z: Array) -> float:
+        moved = dv.restrict(log_softmax(z), support)
+        return -float(sum(p * m for p, m in zip(pull, moved, strict=True) if p != 0))
+
+    assert held_fixed(rows[0]) == pytest.approx(dv.candidate_advantage_loss(weight, *sides))
+    assert largest(finite_differences(held_fixed, rows[0]) - declared) <= GRADIENT_BOUND
+
+
+def test_the_gradient_of_hybrid_policy_is_that_of_its_loss_with_the_weights_held_fixed(
+    rows: tuple[Array, Array],
+) -> None:
+    at, teacher = log_softmax(rows[0]), log_softmax(rows[1])
+    pulls = np.exp(at) * (teacher - at)
+    down = [v for v in range(5) if pulls[v] < 0]
+    assert 0 < len(down) < 5
+    for token in range(5):
+        weight = pulls[token]
+        if weight > 0:
+            weight += math.exp(teacher[token]) * (1 + sum(math.exp(at[v]) for v in down))
+        others = [v for v in down if v != token]
+
+        def loss(z: Array, token: int = token, w: float = weight, others: Any = others) -> float:
+            moved = log_softmax(z)
+            return float(-w * moved[token]) - sum(
+                math.exp(at[v]) * pulls[v] * moved[v] for v in others
+            )
+
+        assert loss(rows[0]) == pytest.approx(dv.hybrid_policy(at, teacher, token))
+        exact = dv.hybrid_policy_gradient(at, teacher, token)
+        assert largest(exact - finite_differences(loss, rows[0])) <= GRADIENT_BOUND

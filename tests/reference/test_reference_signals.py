@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from . import credit, outcomes, rewards, weights
+from . import credit, outcomes, rewards, selection, weights
 from . import divergences as dv
 from . import regularisers as rg
 from . import surrogates as sg
@@ -365,14 +365,14 @@ def test_weights_along_a_response_have_the_values_worked_out_by_hand() -> None:
 def test_quantile_gates_keep_a_share_of_the_whole_step() -> None:
     mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
     entropy = np.array([[0.1, 0.5, 0.3, 9.0], [0.2, 0.4, 9.0, 9.0]])
-    high = weights.keep_high_entropy(entropy, mask, share=0.4)
+    high = selection.keep_high_entropy(entropy, mask, share=0.4)
     assert high.tolist() == [[0, 1, 0, 0], [0, 1, 0, 0]]
-    low = weights.keep_low_entropy(entropy, mask, share=0.4)
+    low = selection.keep_low_entropy(entropy, mask, share=0.4)
     assert low.tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]]
-    assert weights.keep_large_divergence(entropy, mask, share=0.2).sum() == 1
-    unlikely = weights.keep_unlikely(-entropy, mask, share=0.4)
+    assert selection.keep_large_divergence(entropy, mask, share=0.2).sum() == 1
+    unlikely = selection.keep_unlikely(-entropy, mask, share=0.4)
     assert unlikely.tolist() == high.tolist()
-    assert weights.keep_high_entropy(entropy, mask, share=1.0).tolist() == mask.tolist()
+    assert selection.keep_high_entropy(entropy, mask, share=1.0).tolist() == mask.tolist()
     verdict = [1.0, NAN]
     assert weights.correct(verdict, mask).tolist() == [[1, 1, 1, 0], [0, 0, 0, 0]]
     assert not weights.incorrect(verdict, mask).any()
@@ -385,7 +385,7 @@ def test_the_bound_of_a_quantile_gate_is_numpys_quantile() -> None:
     for share in (0.1, 0.25, 0.5, 0.9):
         bound = float(np.quantile(values[mask], 1 - share))
         expected = mask & (values >= bound)
-        gate = weights.keep_high_entropy(values, mask, share=share)
+        gate = selection.keep_high_entropy(values, mask, share=share)
         assert gate.tolist() == expected.tolist()
 
 

@@ -116,6 +116,74 @@ def untrusted(teacher_logp: npt.ArrayLike, student_logp: npt.ArrayLike, *, below
     return each(lambda share: float(share < below), trust(teacher_logp, student_logp))
 
 
+def distrust(teacher_logp: npt.ArrayLike, student_logp: npt.ArrayLike) -> Array:
+    """1 - min(teacher / student, 1) of the token. Source: arXiv:2606.01249."""
+    return each(
+        lambda teacher, student: -math.expm1(min(teacher - student, 0.0)),
+        teacher_logp,
+        student_logp,
+    )
+
+
+def endorsement(
+    teacher_logp: npt.ArrayLike, student_logp: npt.ArrayLike, *, sharpness: float
+) -> Array:
+    """1 / (1 + exp(-sharpness * log-ratio)). Source: arXiv:2605.15155 (SDAR)."""
+
+    def formula(teacher: float, student: float) -> float:
+        x = sharpness * (teacher - student)
+        return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+    return each(formula, teacher_logp, student_logp)
+
+
+def importance(student_logp: npt.ArrayLike, sampler_logp: npt.ArrayLike, *, cap: float) -> Array:
+    """min(student / sampler, cap) of the token. Source: arXiv:2306.08543 (MiniLLM)."""
+    return _capped_ratio(student_logp, sampler_logp, cap)
+
+
+def update_ratio(student_logp: npt.ArrayLike, old_logp: npt.ArrayLike, *, cap: float) -> Array:
+    """min(student / old, cap) of the token. Source: arXiv:2601.20802 (SDPO)."""
+    return _capped_ratio(student_logp, old_logp, cap)
+
+
+def engine_ratio(old_logp: npt.ArrayLike, sampler_logp: npt.ArrayLike, *, cap: float) -> Array:
+    """min(old / sampler, cap) of the token. Source: arXiv:2601.20802, arXiv:2602.12125."""
+    return _capped_ratio(old_logp, sampler_logp, cap)
+
+
+def engine_ratio_within(
+    old_logp: npt.ArrayLike, sampler_logp: npt.ArrayLike, *, low: float, high: float
+) -> Array:
+    """old / sampler of the token where that lies in [low, high], else 0. Source: IcePop."""
+
+    def formula(old: float, sampler: float) -> float:
+        ratio = math.exp(old - sampler)
+        return ratio if low <= ratio <= high else 0.0
+
+    return each(formula, old_logp, sampler_logp)
+
+
+def teacher_confidence(teacher_entropy: npt.ArrayLike, *, nats: float, least: float) -> Array:
+    """1 where the teacher's entropy is at most `nats`, `least` elsewhere."""
+    return each(lambda entropy: 1.0 if entropy <= nats else least, teacher_entropy)
+
+
+def teacher_pass_rate(extra_teacher_pass: npt.ArrayLike) -> Array:
+    """The teacher's pass rate; 0 where it is unknown (nan). Source: arXiv:2608.00782."""
+    return each(lambda rate: 0.0 if math.isnan(rate) else rate, extra_teacher_pass)
+
+
+def in_consensus(extra_consensus: npt.ArrayLike) -> Array:
+    """1 where the column is not 0. Source: arXiv:2602.20574 (GATES)."""
+    return each(lambda agrees: 0.0 if agrees == 0 else 1.0, extra_consensus)
+
+
+def after(position: npt.ArrayLike, *, tokens: int) -> Array:
+    """0 on the first `tokens` positions of a response, 1 behind. Source: arXiv:2601.19897."""
+    return each(lambda index: 0.0 if index < tokens else 1.0, position)
+
+
 def surprise(student_logp: npt.ArrayLike, *, boost: float) -> Array:
     """1 + boost * (1 - student(token)). Source: arXiv:2608.25643."""
     return each(lambda logp: 1 + boost * (1 - math.exp(logp)), student_logp)
@@ -158,6 +226,49 @@ def relative_position(mask: npt.ArrayLike, *, start: float, end: float) -> Array
         for i, t in enumerate(kept):
             share = i / (len(kept) - 1) if len(kept) > 1 else 0.0
             weight[b, t] = start + share * (end - start)
+    return weight
+
+
+def sigmoid_position(mask: npt.ArrayLike, *, least: float, centre: float, width: float) -> Array:
+    """least + (1 - least) * sigmoid(((i + 1/2) / n - centre) / width), token i of n.
+
+    Source: arXiv:2605.21606 (PW-OPSD).
+    """
+    looked_at = np.asarray(mask, dtype=np.bool_)
+    weight = np.zeros(looked_at.shape)
+    for b, kept in enumerate(_open(looked_at)):
+        for i, t in enumerate(kept):
+            x = ((i + 0.5) / len(kept) - centre) / width
+            risen = 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+            weight[b, t] = least + (1 - least) * risen
+    return weight
+
+
+def overlap_decay(
+    student_top_ids: npt.ArrayLike,
+    teacher_top_ids: npt.ArrayLike,
+    mask: npt.ArrayLike,
+    *,
+    k: int,
+    at_least: float,
+    drop: float,
+    base: float = 0.0,
+) -> Array:
+    """base + max(0, 1 - drop * number of tokens so far, this one included, that share too little).
+
+    Too little is a `top_k_overlap` below `at_least`.
+
+    Source: arXiv:2605.07804 (Prune-OPD).
+    """
+    of_student, of_teacher = np.asarray(student_top_ids), np.asarray(teacher_top_ids)
+    looked_at = np.asarray(mask, dtype=np.bool_)
+    weight = np.zeros(looked_at.shape)
+    for b, kept in enumerate(_open(looked_at)):
+        apart = 0
+        for t in kept:
+            sides = of_student[b, t].tolist(), of_teacher[b, t].tolist()
+            apart += top_k_overlap(*sides, k=k) < at_least
+            weight[b, t] = base + max(0.0, 1 - drop * apart)
     return weight
 
 
@@ -211,29 +322,39 @@ def drift_budget(
 # Over the whole step
 
 
-def keep_high_entropy(
-    student_entropy: npt.ArrayLike, mask: npt.ArrayLike, *, share: float
+def confidence(
+    teacher_entropy: npt.ArrayLike,
+    student_entropy: npt.ArrayLike,
+    mask: npt.ArrayLike,
+    *,
+    teacher_gain: float,
+    student_gain: float,
 ) -> Array:
-    """1 on the `share` of the step's open tokens with the highest entropy."""
-    return _keep_highest(np.asarray(student_entropy, dtype=np.float64), mask, share)
+    """u over its mean, u = (1 + a (1 - H(teacher) / max)) (1 + b H(student) / max).
 
+    Largest and mean are over the step. A side without any entropy counts as sure: H / max = 0.
 
-def keep_low_entropy(student_entropy: npt.ArrayLike, mask: npt.ArrayLike, *, share: float) -> Array:
-    """1 on the `share` of the step's open tokens with the lowest entropy."""
-    return _keep_highest(-np.asarray(student_entropy, dtype=np.float64), mask, share)
-
-
-def keep_large_divergence(reverse_kl: npt.ArrayLike, mask: npt.ArrayLike, *, share: float) -> Array:
-    """1 on the `share` of the step's open tokens with the largest divergence."""
-    return _keep_highest(np.asarray(reverse_kl, dtype=np.float64), mask, share)
-
-
-def keep_unlikely(student_logp: npt.ArrayLike, mask: npt.ArrayLike, *, share: float) -> Array:
-    """1 on the `share` of the step's open tokens the student found least likely.
-
-    Source: arXiv:2608.31046, the arm without a teacher.
+    Source: arXiv:2606.02684 (FiRe-OPD).
     """
-    return _keep_highest(-np.asarray(student_logp, dtype=np.float64), mask, share)
+    of_teacher = np.asarray(teacher_entropy, dtype=np.float64)
+    of_student = np.asarray(student_entropy, dtype=np.float64)
+    looked_at = np.asarray(mask, dtype=np.bool_)
+    places = [index for index in np.ndindex(looked_at.shape) if looked_at[index]]
+    weight = np.zeros(looked_at.shape)
+    if not places:
+        return weight
+    most_teacher = max(float(of_teacher[index]) for index in places)
+    most_student = max(float(of_student[index]) for index in places)
+    for index in places:
+        teacher = of_teacher[index] / most_teacher if most_teacher > 0 else 0.0
+        student = of_student[index] / most_student if most_student > 0 else 0.0
+        weight[index] = (1 + teacher_gain * (1 - teacher)) * (1 + student_gain * student)
+    mean = math.fsum(float(weight[index]) for index in places) / len(places)
+    return np.asarray(weight / mean)
+
+
+# --------------------------------------------------------------------------------------------
+# By outcome
 
 
 def correct(verdict: npt.ArrayLike, mask: npt.ArrayLike) -> Array:
@@ -257,24 +378,8 @@ def _absolute_log_ratio(teacher_logp: npt.ArrayLike, student_logp: npt.ArrayLike
     return each(lambda teacher, student: abs(teacher - student), teacher_logp, student_logp)
 
 
-def _keep_highest(values: Array, mask: npt.ArrayLike, share: float) -> Array:
-    """1 on open tokens at or above the (1 - share) quantile of the open tokens.
-
-    The quantile lies on the line between its two neighbours, so about `share` of the tokens are
-    kept, and ties at the bound all are.
-    """
-    looked_at = np.asarray(mask, dtype=np.bool_)
-    seen = sorted(float(values[index]) for index in np.ndindex(values.shape) if looked_at[index])
-    gate = np.zeros(values.shape)
-    if not seen:
-        return gate
-    place = (1 - share) * (len(seen) - 1)
-    lower = math.floor(place)
-    upper = min(lower + 1, len(seen) - 1)
-    bound = seen[lower] + (place - lower) * (seen[upper] - seen[lower])
-    for index in np.ndindex(values.shape):
-        gate[index] = float(bool(looked_at[index]) and values[index] >= bound)
-    return gate
+def _capped_ratio(logp: npt.ArrayLike, other_logp: npt.ArrayLike, cap: float) -> Array:
+    return each(lambda one, other: min(math.exp(one - other), cap), logp, other_logp)
 
 
 def _of_verdict(verdict: npt.ArrayLike, mask: npt.ArrayLike, *, passes: bool) -> Array:

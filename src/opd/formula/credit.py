@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 __all__ = [
     "batch_mean",
+    "bounded_return",
     "damped_future",
     "discounted",
     "expected_reward",
@@ -32,10 +33,13 @@ __all__ = [
     "immediate",
     "length_neutral_future",
     "length_normalised",
+    "mean_future",
     "next_step",
     "position_mean",
     "rao_blackwell",
     "return_to_go",
+    "scaled_by_turn",
+    "standardised",
     "value",
     "windowed",
 ]
@@ -279,6 +283,120 @@ def future(reward: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Ten
         return pad(_sums_from(reward)[:, 1:], (0, 1))
 
     return _along_responses(walk, mask, reward)
+
+
+def mean_future(reward: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The mean of the rewards after this token, its own left out, in the reward's unit.
+
+        A_t = 1 / n_t * sum_{k > t} r_k,   n_t = number of tokens k > t;  0 at the last token
+
+    The length-normalised form of `future`, for use beside a `Dense` reverse KL. Unbiased for
+    neither reverse KL.
+
+    Args:
+        reward: zero or anything where the mask is False.
+        mask: False on tool results and padding; those positions take no time.
+
+    Returns:
+        Detached; 0 where the mask is False, and at the last token.
+
+    Source: length normalisation of MiniLLM, arXiv:2306.08543.
+    """
+
+    def walk(reward: Float[Tensor, "b W"], counts: Int[Tensor, " b"]) -> Float[Tensor, "b W"]:
+        places = torch.arange(reward.shape[1], device=reward.device, dtype=reward.dtype)
+        remaining = (counts.unsqueeze(1) - places - 1).clamp(min=1)
+        return pad(_sums_from(reward)[:, 1:], (0, 1)) / remaining
+
+    return _along_responses(walk, mask, reward, with_counts=True)
+
+
+def standardised(reward: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The reward in standard deviations from the mean of the optimizer step.
+
+        A_t = (r_t - mean) / sqrt(variance + 1e-8),  over the open tokens of the step
+
+    The variance is that of a sample (divisor n - 1; 1 for a single token). The mean depends on the
+    token itself, by one over their number, and the division changes the scale from step to step:
+    the gradient of no fixed objective. Teacher = student is stationary, for there all rewards are
+    equal.
+
+    Args:
+        reward: zero or anything where the mask is False.
+        mask: False on tool results and padding.
+
+    Returns:
+        Detached; 0 where the mask is False.
+
+    Source: GNDPO, arXiv:2606.09091, and its code.
+    """
+    held = torch.where(mask, reward.detach(), 0.0).double()
+    count = mask.sum()
+    deviation = torch.where(mask, held - held.sum() / count.clamp(min=1), 0.0)
+    variance = deviation.square().sum() / (count - 1).clamp(min=1)
+    return (deviation / (variance + 1e-8).sqrt()).to(reward.dtype)
+
+
+def bounded_return(
+    reward: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, gamma: float, meaning: str
+) -> Float[Tensor, "B T"]:
+    """The discounted return, squeezed into (-1, 1) by its usual size in the response.
+
+        G_t = sum_{k >= t} gamma^(k - t) r_k
+        A_t = G_t / (mean of |G| over the response + |G_t|)
+
+    A verdict of -1 or 1 beside it decides the sign of every token, and this the size. Unbiased for
+    neither reverse KL. 0 where all returns of the response are.
+
+    Args:
+        reward: zero or anything where the mask is False.
+        mask: False on tool results and padding; those positions take no time.
+        gamma, meaning: as in `discounted`.
+
+    Returns:
+        Detached; 0 where the mask is False.
+
+    Source: Eq. 7 of arXiv:2609.16937, with gamma = 0.99.
+    """
+    returns = discounted(reward, mask, gamma=gamma, meaning=meaning)
+    size = returns.abs()
+    usual = size.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(returns == 0, 0.0, returns / (usual + size))
+
+
+def scaled_by_turn(
+    reward: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, gain_cap: float
+) -> Float[Tensor, "B T"]:
+    """The token's own reward, less of it in turns that have drifted further than the first.
+
+        d_k = mean of |r| in turn k;  A_t = min(d_1 / d_k, 1 + gain_cap) * r_t  in turn k > 1
+
+    A turn is a stretch of open tokens without a gap, as between two tool results; the first keeps
+    its rewards, and so does a turn without drift after a first one without. Biased for every
+    divergence: it trusts the teacher less where its text and the student's have parted.
+
+    Args:
+        reward: zero or anything where the mask is False.
+        mask: False on tool results and padding.
+        gain_cap: by how much a later turn may gain, >= 0.
+
+    Returns:
+        Detached; 0 where the mask is False.
+
+    Source: SOD, arXiv:2605.07725, with 0.5, which adds 1e-6 to every d.
+    """
+    if not gain_cap >= 0.0:
+        raise ValueError(f"gain_cap must be >= 0, got {gain_cap}")
+    held = torch.where(mask, reward.detach(), 0.0)
+    starts = mask & ~pad(mask[:, :-1], (1, 0))
+    turn = starts.long().cumsum(1) * mask  # 0 where nothing is open
+    sums = held.new_zeros(mask.shape[0], mask.shape[1] + 1).scatter_add(1, turn, held.abs())
+    counts = torch.zeros_like(sums).scatter_add(1, turn, mask.to(sums.dtype))
+    drift = sums / counts.clamp(min=1)
+    first = drift[:, 1:2] if mask.shape[1] else drift
+    # first / drift at drift = 0 is the cap, except for 0 / 0
+    factor = torch.where(first == drift, 1.0, first / drift).clamp(max=1.0 + gain_cap)
+    return held * torch.where(turn == 1, 1.0, factor.gather(1, turn))
 
 
 def damped_future(

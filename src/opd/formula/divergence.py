@@ -21,18 +21,25 @@ import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opd.fields import counted
 from opd.formula.numerics import expectation, log_mixture
 from opd.schedule import Schedule
 
 __all__ = [
     "alpha_divergence",
+    "candidate_advantage_loss",
+    "capped_forward_kl",
+    "corrected_k3",
     "forward_kl",
     "forward_kl_k3",
     "generalized_jsd",
+    "hybrid_policy",
+    "jensen_shannon",
     "power_divergence",
+    "renyi_divergence",
     "reverse_kl",
     "reverse_kl_k2",
     "skew_forward_kl",
@@ -42,7 +49,7 @@ __all__ = [
     "truncated_reverse_kl",
 ]
 
-ON_RAW_ENTRIES = frozenset({"forward_kl", "truncated_reverse_kl"})
+ON_RAW_ENTRIES = frozenset({"candidate_advantage_loss", "forward_kl", "truncated_reverse_kl"})
 """Divergences that mean something on entries which sum to less than one (the tail `truncate`)."""
 
 
@@ -58,7 +65,7 @@ def is_infinite_on_restricted_teacher(name: str, knobs: Mapping[str, float | Sch
     if name == "alpha_divergence":
         alpha = knobs["alpha"]
         return min(alpha.reachable() if isinstance(alpha, Schedule) else (alpha,)) < 0
-    return name in ("reverse_kl", "truncated_reverse_kl")
+    return name in ("reverse_kl", "truncated_reverse_kl", "candidate_advantage_loss")
 
 
 def forward_kl(
@@ -87,6 +94,44 @@ def forward_kl(
     temperature 1; on student text Agarwal et al., arXiv:2306.13649.
     """
     return expectation(teacher_log_probs, teacher_log_probs - student_log_probs)
+
+
+def _over_the_cap(
+    student_log_probs: Float[Tensor, "*n K"],
+    teacher_log_probs: Float[Tensor, "*n K"],
+    *,
+    cap: float,
+) -> Bool[Tensor, "*n"]:
+    terms = _forward_terms(student_log_probs.detach(), teacher_log_probs)
+    return (terms > cap).any(-1)
+
+
+@counted(_over_the_cap)
+def capped_forward_kl(
+    student_log_probs: Float[Tensor, "*n K"],
+    teacher_log_probs: Float[Tensor, "*n K"],
+    *,
+    cap: float,
+) -> Float[Tensor, "*n"]:
+    """A forward KL of which every entry contributes at most so much, in nats.
+
+        L = sum_v min(teacher(v) * (log teacher(v) - log student(v)), cap)
+
+    No divergence: negative where the entries that are cut off would have made it positive. An entry
+    that is cut off has no gradient, so the tokens that the student misses most are not taught; the
+    share of positions with such an entry is logged. Stationary at student = teacher, and wherever
+    what is left balances.
+
+    Args:
+        student_log_probs: carries the gradient.
+        teacher_log_probs: over the same entries.
+        cap: in nats, > 0.
+
+    Source: OPSD, arXiv:2601.18734, with 0.05.
+    """
+    if not cap > 0.0:
+        raise ValueError(f"cap must be positive, got {cap}; it is a contribution in nats")
+    return _forward_terms(student_log_probs, teacher_log_probs).clamp(max=cap).sum(-1)
 
 
 def reverse_kl(
@@ -148,6 +193,158 @@ def truncated_reverse_kl(
     finite = torch.where(log_ratio.isfinite(), log_ratio, 0.0)
     carrier = expectation(weights, finite * student_log_probs)
     return value + (carrier - carrier.detach())
+
+
+def candidate_advantage_loss(
+    student_log_probs: Float[Tensor, "*n K"],
+    student_support_logp: Float[Tensor, "*n K"],
+    teacher_support_logp: Float[Tensor, "*n K"],
+) -> Float[Tensor, "*n"]:
+    """The entries of a support, each scored with its own log ratio, weighted with the student.
+
+        L = -sum_v stop[s(v) * (log teacher(v) - log student(v))] * log student(v)
+
+    s is the student on the support by its tail rule, the other two are as they are. With the tail
+    `truncate` its gradient is that of `truncated_reverse_kl`; with `renormalise` it is that divided
+    by the student's mass on the support. The value is no divergence. Stationary where the two agree
+    on the support; elsewhere it also moves the mass on the support, out of it where the student is
+    surer of it than the teacher. Against a view that is not normalised the ratio is its score less
+    the student's.
+
+    Args:
+        student_log_probs: the student on the support, whose weights these are.
+        student_support_logp: the student as it is; carries the gradient.
+        teacher_support_logp: the view as it is.
+
+    Returns:
+        One number per position, of either sign; 0 where the two agree, infinite where the view
+        gives no mass to an entry that the student uses.
+
+    Source: the candidates of arXiv:2604.13016 and its code, weighted with the student; against the
+    log ratio of two teachers, arXiv:2607.05394.
+    """
+    weight, own = student_log_probs.detach(), student_support_logp.detach()
+    log_ratio = own - teacher_support_logp.detach()
+    excess = weight.exp() * torch.where(own == -math.inf, 0.0, log_ratio)
+    return _scored(excess, student_support_logp)
+
+
+def hybrid_policy(
+    student_log_probs: Float[Tensor, "*n V"],
+    teacher_log_probs: Float[Tensor, "*n V"],
+    tokens: Int[Tensor, "*n"],
+) -> Float[Tensor, "*n"]:
+    """A data token pulled up, and what the student would say too often in its place pushed down.
+
+        k(v) = stop[student(v) * (log teacher(v) - log student(v))],  y the data's token
+        w = teacher(y) * (1 + stop[sum_{v: k(v) < 0} student(v)]) + k(y) where k(y) > 0
+        w = k(y) elsewhere
+        L = -w * log student(y) - sum_{v != y, k(v) < 0} stop[student(v) * k(v)] * log student(v)
+
+    The mean, over one token that the student draws at the data's prefix, of the published rule. No
+    divergence; at student = teacher only the first part is left, and it vanishes there too.
+
+    Args:
+        student_log_probs: over the whole vocabulary; carries the gradient.
+        teacher_log_probs: over the same entries.
+        tokens: the data's.
+
+    Source: HPD, arXiv:2604.20244, from its code; the expectation is ours.
+    """
+    own, teacher = student_log_probs.detach(), teacher_log_probs.detach()
+    student = own.exp()
+    k = torch.where(student > 0, student * (teacher - own), 0.0)
+    is_token = tokens.unsqueeze(-1) == torch.arange(own.shape[-1], device=own.device)
+    pulled = torch.where(is_token, k, 0.0).sum(-1)
+    overrated = torch.where(k < 0, student, 0.0)
+    teacher_token = torch.where(is_token, teacher.exp(), 0.0).sum(-1)
+    gain = teacher_token * (1.0 + overrated.sum(-1))
+    weight = pulled + torch.where(pulled > 0, gain, 0.0)
+    pushed = torch.where(is_token, 0.0, torch.where(k < 0, overrated * k, 0.0))
+    return -_scored(torch.where(is_token, weight.unsqueeze(-1), pushed), student_log_probs)
+
+
+def renyi_divergence(
+    student_log_probs: Float[Tensor, "*n K"],
+    teacher_log_probs: Float[Tensor, "*n K"],
+    *,
+    order: float,
+) -> Float[Tensor, "*n"]:
+    """The Renyi divergence of the teacher from the student, in nats.
+
+        D = log(sum_v teacher(v)^a * student(v)^(1 - a)) / (a - 1),  a = order
+
+    Tends to the forward KL as a -> 1. A monotone function of `alpha_divergence`, whose gradient it
+    divides by the overlap of the two: where they share little, it pulls harder. Its gradient on the
+    logits is `student - m`, m proportional to teacher^a student^(1 - a). Stationary only at
+    student = teacher. Infinite where the two share no entry.
+
+    Args:
+        student_log_probs: normalised over the last axis; carries the gradient.
+        teacher_log_probs: normalised over the same K entries.
+        order: a, strictly between 0 and 1.
+
+    Source: Renyi, On Measures of Entropy and Information, 1961; SR-OPSD, arXiv:2608.09745.
+    """
+    if not 0.0 < order < 1.0:
+        raise ValueError(f"order must lie strictly between 0 and 1, got {order}; at 1: forward_kl")
+    empty = (student_log_probs == -math.inf) | (teacher_log_probs == -math.inf)
+    student = torch.where(empty, 0.0, student_log_probs)
+    teacher = torch.where(empty, 0.0, teacher_log_probs)
+    apart = empty.all(-1, keepdim=True)
+    together = torch.where(empty & ~apart, -math.inf, order * teacher + (1 - order) * student)
+    divergence = (together.logsumexp(-1) / (order - 1)).clamp(min=0.0)
+    massless = (student_log_probs == -math.inf).all(-1) | (teacher_log_probs == -math.inf).all(-1)
+    distance = torch.where(apart.squeeze(-1), math.inf, divergence)
+    return torch.where(massless, 0.0, distance)
+
+
+def corrected_k3(
+    student_logp: Float[Tensor, "*n"],
+    teacher_logp: Float[Tensor, "*n"],
+    old_logp: Float[Tensor, "*n"],
+) -> Float[Tensor, "*n"]:
+    """The k3 estimator times the importance ratio: its gradient is the reverse KL's.
+
+        L = (student / old) * (exp(r) - 1 - r),  r = teacher_logp - student_logp
+
+    Back-propagated through the ratio too, the expected gradient at the old policy's prefixes is
+    that of KL(student || teacher): the part through the ratio makes good what `forward_kl_k3` gets
+    wrong. On the weights of the rollout its gradient is -r times the score. Stationary, in
+    expectation, at student = teacher.
+
+    Args:
+        student_logp: of the sampled token; carries the gradient.
+        teacher_logp: of the same token.
+        old_logp: under the trainer's weights at rollout time.
+
+    Returns:
+        One number per token, >= 0.
+
+    Source: Skill-SD, arXiv:2604.10674.
+    """
+    value = forward_kl_k3(student_logp, teacher_logp)
+    infinite = value.isinf() | value.isnan()
+    ratio = torch.where(infinite, 0.0, student_logp - old_logp.detach()).exp()
+    return torch.where(infinite, math.inf, ratio * torch.where(infinite, 0.0, value))
+
+
+def jensen_shannon(
+    student_log_probs: Float[Tensor, "*n K"], teacher_log_probs: Float[Tensor, "*n K"]
+) -> Float[Tensor, "*n"]:
+    """The Jensen-Shannon divergence: the generalized one at equal weights, in nats.
+
+        D = 1/2 KL(teacher || m) + 1/2 KL(student || m),  m = (teacher + student) / 2
+
+    Symmetric, between 0 and log 2. Stationary only at student = teacher.
+
+    Args:
+        student_log_probs: normalised over the last axis; carries the gradient.
+        teacher_log_probs: normalised over the same K entries.
+
+    Source: Lin, Divergence Measures Based on the Shannon Entropy, doi:10.1109/18.61115.
+    """
+    return generalized_jsd(student_log_probs, teacher_log_probs, teacher_weight=0.5)
 
 
 def generalized_jsd(
@@ -458,6 +655,34 @@ def student_entropy(student_log_probs: Float[Tensor, "*n K"]) -> Float[Tensor, "
 def teacher_entropy(teacher_log_probs: Float[Tensor, "*n K"]) -> Float[Tensor, "*n"]:
     """Entropy of the view on the support, in nats; between 0 and log K."""
     return -expectation(teacher_log_probs, teacher_log_probs)
+
+
+def _forward_terms(
+    student_log_probs: Float[Tensor, "*n K"], teacher_log_probs: Float[Tensor, "*n K"]
+) -> Float[Tensor, "*n K"]:
+    """What each entry contributes to a forward KL; 0, and no gradient, where the teacher is 0."""
+    used = teacher_log_probs > -math.inf
+    endless = used & (student_log_probs == -math.inf)
+    counts = used & ~endless
+    student = torch.where(counts, student_log_probs, 0.0)
+    teacher = torch.where(counts, teacher_log_probs, 0.0)
+    finite = torch.where(counts, teacher.exp() * (teacher - student), 0.0)
+    return torch.where(endless, math.inf, finite)
+
+
+def _scored(
+    coefficients: Float[Tensor, "*n K"], log_probs: Float[Tensor, "*n K"]
+) -> Float[Tensor, "*n"]:
+    """Sum of detached coefficients times log-probabilities; entries without mass count nothing.
+
+    Infinite, and without gradient, where a coefficient is.
+    """
+    empty = log_probs.detach() == -math.inf
+    coefficients = torch.where(empty, 0.0, coefficients)
+    infinite = coefficients.isinf()
+    scores = torch.where(empty | infinite.any(-1, keepdim=True), 0.0, log_probs)
+    total = (torch.where(infinite, 0.0, coefficients) * scores).sum(-1)
+    return torch.where(infinite.any(-1), math.inf, total)
 
 
 def _expm1(exponents: Float[Tensor, "*n K"]) -> Float[Tensor, "*n K"]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.types import Unembedding
 
-__all__ = ["expectation", "log1mexp", "log_mixture", "project"]
+__all__ = ["expectation", "log1mexp", "log_mixture", "project", "rounded_share"]
 
 
 def expectation(
@@ -98,3 +98,13 @@ def project(hidden: Float[Tensor, "*n H"], unembedding: Unembedding) -> Float[Te
     if unembedding.soft_cap is not None:
         logits = unembedding.soft_cap * torch.tanh(logits / unembedding.soft_cap)
     return logits
+
+
+def rounded_share(count: Int[Tensor, "*n"], *, share: float) -> Float[Tensor, "*n"]:
+    """A share of a count as a whole number: halves up, at least one.
+
+        rounded = max(1, floor(share * count + 1/2))
+
+    Source: by definition.
+    """
+    return torch.floor(share * count.double() + 0.5).clamp(min=1.0)

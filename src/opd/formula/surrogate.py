@@ -23,6 +23,7 @@ __all__ = [
     "importance",
     "masked_importance",
     "score",
+    "shaped_probability",
     "tail_residual",
     "truncated_importance",
 ]
@@ -313,6 +314,29 @@ def geometric_ratio(
         )
     log_ratio = _geometric_log_ratio(student_logp, old_logp, teacher_logp, old_share)
     return _clipped_loss(log_ratio, advantage.detach(), low=low, high=high)
+
+
+def shaped_probability(
+    student_logp: Float[Tensor, "*n"], advantage: Float[Tensor, "*n"], *, half_at: float
+) -> Float[Tensor, "*n"]:
+    """The loss of text that another policy wrote: its probability, with rare tokens lifted.
+
+        L = -f(student(token)) * A,  f(x) = x / (x + c),  c = half_at
+
+    In place of an importance ratio to an unknown policy. Its gradient is that of `score` times
+    f * (1 - f): at most a quarter, largest where the token's probability is c, and fading for
+    tokens the student knows. Unbiased for nothing.
+
+    Args:
+        student_logp: carries the gradient.
+        advantage: detached.
+        half_at: c, the probability at which f is one half; > 0.
+
+    Source: LUFFY, arXiv:2504.14945, with c = 0.1.
+    """
+    if not half_at > 0.0:
+        raise ValueError(f"half_at is a probability > 0, got {half_at}")
+    return -torch.sigmoid(student_logp - math.log(half_at)) * advantage.detach()
 
 
 def tail_residual(

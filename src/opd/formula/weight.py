@@ -16,40 +16,51 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opd.errors import check_not_negative, check_share
 from opd.fields import counted
+from opd.formula.numerics import rounded_share
 from opd.types import PASS_MARK
 
 __all__ = [
+    "after",
+    "confidence",
     "confident_wrong",
     "correct",
     "cumulative_drift",
     "disagreement",
+    "distrust",
     "drift_budget",
+    "endorsement",
+    "engine_ratio",
+    "engine_ratio_within",
+    "importance",
+    "in_consensus",
     "in_span",
     "incorrect",
-    "keep_high_entropy",
-    "keep_large_divergence",
-    "keep_low_entropy",
-    "keep_unlikely",
     "negative_advantage",
     "overlap_above",
+    "overlap_decay",
     "position_decay",
     "positive_advantage",
     "prefix",
     "prefix_share",
     "relative_position",
+    "sigmoid_position",
     "skip_special",
     "student_entropy_above",
     "student_entropy_below",
     "surprise",
+    "teacher_confidence",
     "teacher_entropy_above",
     "teacher_entropy_below",
     "teacher_fails",
+    "teacher_pass_rate",
     "teacher_passes",
     "top_k_overlap",
     "trust",
     "trusted",
     "untrusted",
+    "update_ratio",
 ]
 
 
@@ -138,6 +149,59 @@ def teacher_entropy_below(
     return _gate(teacher_entropy <= nats, teacher_entropy)
 
 
+def teacher_confidence(
+    teacher_entropy: Float[Tensor, "*n"], *, nats: float, least: float
+) -> Float[Tensor, "*n"]:
+    """Full weight where the teacher is decided, and a little elsewhere.
+
+        w = 1 where H(teacher) <= nats, least elsewhere
+
+    Args:
+        nats: how undecided the teacher may be.
+        least: in [0, 1).
+
+    Source: EGRSD, arXiv:2605.13255, which bounds every weight away from 0; the shape is ours.
+    """
+    if not 0.0 <= least < 1.0:
+        raise ValueError(f"least must lie in [0, 1), got {least}; 1 is no weight at all")
+    full = torch.ones_like(teacher_entropy)
+    return torch.where(teacher_entropy.detach() <= nats, full, full * least)
+
+
+def confidence(
+    teacher_entropy: Float[Tensor, "B T"],
+    student_entropy: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    teacher_gain: float,
+    student_gain: float,
+) -> Float[Tensor, "B T"]:
+    """More weight where the teacher is sure and the student is not; 1 on average.
+
+        w = u / mean u,  u = (1 + a * (1 - H(teacher) / max)) * (1 + b * H(student) / max)
+
+    The largest of each entropy and the mean run over the open tokens of the optimizer step. A side
+    whose entropies are all 0 counts as sure.
+
+    Args:
+        teacher_gain, student_gain: a and b, >= 0.
+
+    Source: FiRe-OPD, arXiv:2606.02684, with gains of 1.
+    """
+    check_not_negative("teacher_gain", teacher_gain)
+    check_not_negative("student_gain", student_gain)
+
+    def relative(entropy: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        held = torch.where(mask, entropy.detach(), 0.0).clamp(min=0.0)
+        largest = held.amax()
+        return torch.where(largest > 0, held / largest, 0.0)
+
+    sure = 1.0 + teacher_gain * (1.0 - relative(teacher_entropy))
+    weight = sure * (1.0 + student_gain * relative(student_entropy))
+    total = torch.where(mask, weight, 0.0).sum()
+    return torch.where(mask, weight / total * mask.sum(), 0.0)
+
+
 def disagreement(total_variation: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """How far teacher and student are apart, as a share of the mass.
 
@@ -188,7 +252,7 @@ def surprise(student_logp: Float[Tensor, "*n"], *, boost: float) -> Float[Tensor
 
     Source: SuRe, arXiv:2608.25643, with boost 1.
     """
-    _check_not_negative("boost", boost)
+    check_not_negative("boost", boost)
     return 1.0 - boost * torch.expm1(student_logp.detach())
 
 
@@ -207,6 +271,156 @@ def trust(
     return (teacher_logp - student_logp).detach().clamp(max=0.0).exp()
 
 
+def endorsement(
+    teacher_logp: Float[Tensor, "*n"], student_logp: Float[Tensor, "*n"], *, sharpness: float
+) -> Float[Tensor, "*n"]:
+    """How far the teacher stands behind the token, between 0 and 1.
+
+        w = sigmoid(b * (log teacher(token) - log student(token))),  b = sharpness
+
+    1/2 where the two agree; a soft form of the gate that keeps what the teacher prefers.
+
+    Args:
+        sharpness: b, > 0.
+
+    Source: SDAR, arXiv:2605.15155.
+    """
+    if not 0.0 < sharpness < math.inf:
+        raise ValueError(f"sharpness must be positive and finite, got {sharpness}")
+    return torch.sigmoid(sharpness * (teacher_logp - student_logp).detach())
+
+
+def _over_the_cap(
+    student_logp: Float[Tensor, "*n"], sampler_logp: Float[Tensor, "*n"], *, cap: float
+) -> Bool[Tensor, "*n"]:
+    return (student_logp - sampler_logp).detach() > math.log(cap)
+
+
+@counted(_over_the_cap)
+def importance(
+    student_logp: Float[Tensor, "*n"], sampler_logp: Float[Tensor, "*n"], *, cap: float
+) -> Float[Tensor, "*n"]:
+    """The capped importance ratio of the token to whoever drew it.
+
+        w = min(student(token) / sampler(token), cap)
+
+    For terms that are not a score of the token and so have no ratio of their own; a sampled term
+    takes `surrogate.truncated_importance`. The share of tokens above the cap is logged.
+
+    Args:
+        student_logp: of the chosen token.
+        sampler_logp: under the distribution it was drawn from, a mixture with the teacher included.
+        cap: largest weight, >= 1.
+
+    Source: MiniLLM, arXiv:2306.08543, for text drawn from a mixture with the teacher.
+    """
+    _check_cap(cap)
+    return (student_logp - sampler_logp).detach().clamp(max=math.log(cap)).exp()
+
+
+def distrust(
+    teacher_logp: Float[Tensor, "*n"], student_logp: Float[Tensor, "*n"]
+) -> Float[Tensor, "*n"]:
+    """The probability with which the teacher would reject the student's token.
+
+        w = 1 - min(teacher(token) / student(token), 1)
+
+    The complement of `trust`: a term with one and a term with the other share out every row.
+
+    Source: TrOPD, arXiv:2606.01249, which draws one of the two; these are the shares.
+    """
+    return -torch.expm1((teacher_logp - student_logp).detach().clamp(max=0.0))
+
+
+def _updated_too_far(
+    student_logp: Float[Tensor, "*n"], old_logp: Float[Tensor, "*n"], *, cap: float
+) -> Bool[Tensor, "*n"]:
+    return (student_logp - old_logp).detach() > math.log(cap)
+
+
+@counted(_updated_too_far)
+def update_ratio(
+    student_logp: Float[Tensor, "*n"], old_logp: Float[Tensor, "*n"], *, cap: float
+) -> Float[Tensor, "*n"]:
+    """The capped ratio of the weights being updated to those of the rollout.
+
+        w = min(student(token) / old(token), cap)
+
+    1 at the first update of a rollout. For terms that are not a score of the token; the share of
+    tokens above the cap is logged.
+
+    Args:
+        student_logp: of the chosen token.
+        old_logp: under the trainer's weights at rollout time.
+        cap: largest weight, >= 1.
+
+    Source: SDPO, arXiv:2601.20802, with 2.
+    """
+    _check_cap(cap)
+    return (student_logp - old_logp).detach().clamp(max=math.log(cap)).exp()
+
+
+def _engines_differ(
+    old_logp: Float[Tensor, "*n"], sampler_logp: Float[Tensor, "*n"], *, cap: float
+) -> Bool[Tensor, "*n"]:
+    return (old_logp - sampler_logp).detach() > math.log(cap)
+
+
+@counted(_engines_differ)
+def engine_ratio(
+    old_logp: Float[Tensor, "*n"], sampler_logp: Float[Tensor, "*n"], *, cap: float
+) -> Float[Tensor, "*n"]:
+    """The capped ratio of the trainer's own numbers to those of the engine that generated.
+
+        w = min(old(token) / sampler(token), cap)
+
+    1 where the two engines agree. The share of tokens above the cap is logged.
+
+    Args:
+        old_logp: under the trainer's weights at rollout time.
+        sampler_logp: under the engine that generated.
+        cap: largest weight, >= 1.
+
+    Source: truncated importance sampling between engines, as in SDPO's code, arXiv:2601.20802, with
+    2, and in that of G-OPD, arXiv:2602.12125, with 5.
+    """
+    _check_cap(cap)
+    return (old_logp - sampler_logp).detach().clamp(max=math.log(cap)).exp()
+
+
+def _engines_far_apart(
+    old_logp: Float[Tensor, "*n"], sampler_logp: Float[Tensor, "*n"], *, low: float, high: float
+) -> Bool[Tensor, "*n"]:
+    ratio = (old_logp - sampler_logp).detach().exp()
+    return (ratio < low) | (ratio > high)
+
+
+@counted(_engines_far_apart)
+def engine_ratio_within(
+    old_logp: Float[Tensor, "*n"], sampler_logp: Float[Tensor, "*n"], *, low: float, high: float
+) -> Float[Tensor, "*n"]:
+    """The ratio of the trainer's own numbers to the engine's, or 0 where they are far apart.
+
+        w = ratio where low <= ratio <= high, else 0,  ratio = old(token) / sampler(token)
+
+    The share of tokens outside is logged; what they would have said is lost.
+
+    Args:
+        old_logp: under the trainer's weights at rollout time.
+        sampler_logp: under the engine that generated.
+        low: smallest ratio that counts, in [0, 1].
+        high: largest ratio that counts, >= 1.
+
+    Source: IcePop in NeMo-RL's on-policy distillation.
+    """
+    if not 0.0 <= low <= 1.0 <= high:
+        raise ValueError(
+            f"engine_ratio_within needs 0 <= low <= 1 <= high, got low={low} and high={high}"
+        )
+    ratio = (old_logp - sampler_logp).detach().exp()
+    return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+
+
 def trusted(
     teacher_logp: Float[Tensor, "*n"], student_logp: Float[Tensor, "*n"], *, at_least: float
 ) -> Float[Tensor, "*n"]:
@@ -219,7 +433,7 @@ def trusted(
 
     Source: TrOPD, arXiv:2606.01249.
     """
-    _check_share("at_least", at_least)
+    check_share("at_least", at_least)
     return _gate(trust(teacher_logp, student_logp) >= at_least, student_logp)
 
 
@@ -235,7 +449,7 @@ def untrusted(
 
     Source: TrOPD, arXiv:2606.01249, whose outliers get a forward KL instead.
     """
-    _check_share("below", below)
+    check_share("below", below)
     return _gate(trust(teacher_logp, student_logp) < below, student_logp)
 
 
@@ -286,9 +500,47 @@ def overlap_above(
     Source: Prune-OPD, arXiv:2605.07804, which also drops everything after the first such
     position; here each position is judged by itself.
     """
-    _check_share("at_least", at_least)
+    check_share("at_least", at_least)
     overlap = top_k_overlap(student_top_ids, teacher_top_ids, k=k)
     return _gate(overlap >= at_least, overlap)
+
+
+def overlap_decay(
+    student_top_ids: Int[Tensor, "B T J"],
+    teacher_top_ids: Int[Tensor, "B T L"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    k: int,
+    at_least: float,
+    drop: float,
+    base: float = 0.0,
+) -> Float[Tensor, "B T"]:
+    """Weight that falls with every token where teacher and student have too little in common.
+
+        w_t = base + max(0, 1 - drop * |{j <= t: top_k_overlap_j < at_least}|)
+
+    Never rising along a response: what is written after they have parted counts less, however well
+    the two agree there again.
+
+    Args:
+        student_top_ids: distinct, likeliest first, at least k of them.
+        teacher_top_ids: likewise.
+        mask: False on tool results and padding; those positions take no time.
+        k: how many tokens are compared.
+        at_least: a share in (0, 1].
+        drop: what each such token takes away, > 0.
+        base: what is left in the end, >= 0.
+
+    Source: Prune-OPD, arXiv:2605.07804; with 0.9, 0.02 and 0 by default, 0.7, 0.01 and 0.5 in its
+    scripts.
+    """
+    check_share("at_least", at_least)
+    check_not_negative("base", base)
+    if not 0.0 < drop < math.inf:
+        raise ValueError(f"drop must be positive and finite, got {drop}; at 0 nothing decays")
+    overlap = top_k_overlap(student_top_ids, teacher_top_ids, k=k)
+    parted = (mask & (overlap < at_least)).cumsum(1)
+    return torch.where(mask, base + (1.0 - drop * parted).clamp(min=0.0), 0.0)
 
 
 # --------------------------------------------------------------------------------------------
@@ -328,11 +580,36 @@ def relative_position(
     arXiv:2605.21606; falling, for an external teacher, the fixed curves that IW-OPD,
     arXiv:2606.22600, compares itself with.
     """
-    _check_not_negative("start", start)
-    _check_not_negative("end", end)
+    check_not_negative("start", start)
+    check_not_negative("end", end)
     last = (mask.sum(1, keepdim=True) - 1).clamp(min=1)
     share = _place(mask).to(torch.get_default_dtype()) / last
     return torch.where(mask, start + (end - start) * share, 0.0)
+
+
+def sigmoid_position(
+    mask: Bool[Tensor, "B T"], *, least: float, centre: float, width: float
+) -> Float[Tensor, "B T"]:
+    """Weight that rises along each response from `least` to 1, in the shape of a sigmoid.
+
+        w = least + (1 - least) * sigmoid(((i + 1/2) / n - centre) / width)
+        at open token i = 0 ... n-1
+
+    Args:
+        least: the weight long before the centre, in [0, 1].
+        centre: where it is half way, as a share of the response.
+        width: how gently it rises, as a share of the response, > 0.
+
+    Source: PW-OPSD, arXiv:2605.21606, with 0.25, 0.3 and 0.1.
+    """
+    if not (0.0 <= least <= 1.0 and width > 0.0):
+        raise ValueError(
+            f"sigmoid_position needs least in [0, 1] and width > 0, got {least} and {width}"
+        )
+    count = mask.sum(1, keepdim=True).clamp(min=1)
+    share = (_place(mask).to(torch.get_default_dtype()) + 0.5) / count
+    rising = least + (1.0 - least) * torch.sigmoid((share - centre) / width)
+    return torch.where(mask, rising, 0.0)
 
 
 def prefix(position: Int[Tensor, "*n"], *, tokens: int) -> Float[Tensor, "*n"]:
@@ -365,8 +642,10 @@ def prefix_share(mask: Bool[Tensor, "B T"], *, share: float) -> Float[Tensor, "B
 
     Source: IW-OPD, arXiv:2606.22600, finds the first 30 % of the tokens as good as all.
     """
-    _check_share("share", share)
-    return torch.where(mask & (_place(mask) < _rounded(share, mask.sum(1, keepdim=True))), 1.0, 0.0)
+    check_share("share", share)
+    return torch.where(
+        mask & (_place(mask) < rounded_share(mask.sum(1, keepdim=True), share=share)), 1.0, 0.0
+    )
 
 
 def cumulative_drift(
@@ -390,7 +669,7 @@ def cumulative_drift(
 
     Source: IW-OPD, arXiv:2606.22600, with boost 0.5.
     """
-    _check_not_negative("boost", boost)
+    check_not_negative("boost", boost)
     before, total = _drift(teacher_logp, student_logp, mask)
     share = torch.where(total > 0, before / total, 0.0)
     # After a token to which the teacher gives no mass, all of the (infinite) drift lies behind.
@@ -418,89 +697,9 @@ def drift_budget(
     Source: Prune-OPD, arXiv:2605.07804, which measures the drift by the overlap of top tokens;
     the sum of absolute log ratios is that of IW-OPD, arXiv:2606.22600.
     """
-    _check_not_negative("nats", nats)
+    check_not_negative("nats", nats)
     before, _ = _drift(teacher_logp, student_logp, mask)
     return _gate(mask & (before <= nats), student_logp)
-
-
-# --------------------------------------------------------------------------------------------
-# The extreme ones of the optimizer step
-
-
-def keep_high_entropy(
-    student_entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, share: float
-) -> Float[Tensor, "B T"]:
-    """A gate open on the tokens of the step where the student is most undecided.
-
-        w = 1 on the max(1, round(share * n)) open tokens with the largest H(student), 0 elsewhere
-
-    n counts the open tokens of the whole optimizer step, so long responses may take most of the
-    places. Halves round up. Among equals the earlier one in the batch is kept: first by
-    response, then by position.
-
-    Args:
-        student_entropy: in nats.
-        share: in (0, 1].
-
-    Source: TIP, arXiv:2604.14084 (share 0.5); REOPOLD, arXiv:2603.11137 (0.2).
-    """
-    return _largest(student_entropy, mask, share)
-
-
-def keep_low_entropy(
-    student_entropy: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, share: float
-) -> Float[Tensor, "B T"]:
-    """A gate open on the tokens of the step where the student is most decided.
-
-        w = 1 on the max(1, round(share * n)) open tokens with the smallest H(student), 0 elsewhere
-
-    Counting and ties as in `keep_high_entropy`; the control for its claim.
-
-    Args:
-        student_entropy: in nats.
-        share: in (0, 1].
-
-    Source: the opposite selection, as ablated by TIP, arXiv:2604.14084.
-    """
-    return _largest(-student_entropy, mask, share)
-
-
-def keep_large_divergence(
-    reverse_kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, share: float
-) -> Float[Tensor, "B T"]:
-    """A gate open on the tokens of the step where student and teacher differ most.
-
-        w = 1 on the max(1, round(share * n)) open tokens with the largest reverse KL, 0 elsewhere
-
-    Counting and ties as in `keep_high_entropy`. It keeps outliers on purpose.
-
-    Args:
-        reverse_kl: of the whole prefix's distributions, not of the sampled token.
-        share: in (0, 1].
-
-    Source: TIP, arXiv:2604.14084, and TA-OPD, arXiv:2605.26844.
-    """
-    return _largest(reverse_kl, mask, share)
-
-
-def keep_unlikely(
-    student_logp: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, share: float
-) -> Float[Tensor, "B T"]:
-    """A gate open on the tokens of the step that the student thought least likely.
-
-        w = 1 on the max(1, round(share * n)) open tokens with the smallest student(token), else 0
-        L = w * log student(token)  is the control without a teacher
-
-    Counting and ties as in `keep_high_entropy`. Pushing these tokens down with a constant reward
-    imitates much of what a teacher's log ratio does, so it is the control of every such method.
-
-    Args:
-        student_logp: of the chosen token.
-        share: in (0, 1].
-
-    Source: arXiv:2608.31046, with share 0.2.
-    """
-    return _largest(-student_logp, mask, share)
 
 
 # --------------------------------------------------------------------------------------------
@@ -551,8 +750,54 @@ def teacher_passes(
 
     Source: "Verify before you distil", arXiv:2609.02998.
     """
-    _check_share("at_least", at_least)
+    check_share("at_least", at_least)
     return _gate(extra_teacher_pass >= at_least, extra_teacher_pass)
+
+
+def teacher_pass_rate(extra_teacher_pass: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """How often the teacher itself solves the prompt.
+
+        w = teacher_pass
+
+    0 where it was not tried (NaN).
+
+    Args:
+        extra_teacher_pass: the data column `teacher_pass`, a share in [0, 1].
+
+    Source: RSTG, arXiv:2608.00782.
+    """
+    return torch.where(extra_teacher_pass.isnan(), 0.0, extra_teacher_pass).detach()
+
+
+def in_consensus(extra_consensus: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """A gate open where the data column `consensus` says that the teacher's answers agree.
+
+        w = 1 where consensus is not 0, 0 elsewhere
+
+    Args:
+        extra_consensus: a column, one number per response.
+
+    Source: GATES, arXiv:2602.20574, where half of 8 answers must agree.
+    """
+    return (extra_consensus != 0).to(extra_consensus.dtype)
+
+
+def after(position: Int[Tensor, "*n"], *, tokens: int) -> Float[Tensor, "*n"]:
+    """A gate closed on the first tokens of every response.
+
+        w = 0 where position < tokens, 1 elsewhere
+
+    The complement of `prefix`. There a teacher with privileged context announces itself.
+
+    Args:
+        position: 0 at the first token.
+        tokens: how many are skipped, >= 1.
+
+    Source: SDFT, arXiv:2601.19897, whose code skips 3.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be >= 1, got {tokens}; to skip none, leave the gate out")
+    return torch.where(position < tokens, 0.0, 1.0)
 
 
 def teacher_fails(extra_teacher_pass: Float[Tensor, "*n"], *, below: float) -> Float[Tensor, "*n"]:
@@ -566,7 +811,7 @@ def teacher_fails(extra_teacher_pass: Float[Tensor, "*n"], *, below: float) -> F
 
     Source: "Verify before you distil", arXiv:2609.02998, which learns from the verifier there.
     """
-    _check_share("below", below)
+    check_share("below", below)
     return _gate(extra_teacher_pass < below, extra_teacher_pass)
 
 
@@ -613,11 +858,6 @@ def _place(mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return open_so_far - mask.long()
 
 
-def _rounded(share: float, count: Int[Tensor, "*m"]) -> Float[Tensor, "*m"]:
-    """The share of a count as a whole number, halves up, at least one."""
-    return torch.floor(share * count.double() + 0.5).clamp(min=1.0)
-
-
 def _drift(
     teacher_logp: Float[Tensor, "B T"],
     student_logp: Float[Tensor, "B T"],
@@ -631,28 +871,6 @@ def _drift(
     return before, so_far[:, -1:]
 
 
-def _largest(
-    values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], share: float
-) -> Float[Tensor, "B T"]:
-    """1 on the share of the step's open tokens with the largest values."""
-    _check_share("share", share)
-    is_open = mask.flatten()
-    falling = torch.argsort(values.detach().flatten(), descending=True, stable=True)
-    # Open tokens first, each kind in the order above.
-    order = falling[torch.argsort((~is_open[falling]).to(torch.uint8), stable=True)]
-    kept = torch.arange(order.numel(), device=order.device) < _rounded(share, is_open.sum())
-    chosen = torch.zeros_like(is_open).scatter(0, order, kept)
-    return _gate((chosen & is_open).view_as(mask), values)
-
-
-def _check_not_negative(knob: str, value: float) -> None:
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{knob} must be a finite number >= 0, got {value}")
-
-
-def _check_share(knob: str, value: float) -> None:
-    if not 0.0 < value <= 1.0:
-        raise ValueError(
-            f"{knob} is a share in (0, 1], got {value}; to leave the gate open everywhere, leave "
-            "it out of the weights"
-        )
+def _check_cap(cap: float) -> None:
+    if not cap >= 1.0:
+        raise ValueError(f"cap must be at least 1, got {cap}; below 1 it only rescales the term")
