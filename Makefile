@@ -31,9 +31,11 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# methods/index.json, which `opd list methods` reads.
+# methods/index.json, which `opd list methods` reads, the recipes and the pages of the methods.
 index: setup
 	$(BIN)/python -m opd.methods.make_index
+	$(BIN)/python docs/make_method_recipes.py
+	$(BIN)/python docs/make_method_pages.py
 
 # Rebuild the embedded teachers from nothing.
 teachers: setup

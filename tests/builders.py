@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opd.head import HeadOutput, linear_head, log_probs_of
-from opd.objective import Method, Objective
+from opd.objective import Method, Objective, Routed
 from opd.rollout.pack import pack_rollout, split, with_token
 from opd.types import (
     Batch,
@@ -235,7 +235,12 @@ def full_gradient(case: Case, packed: Tensor) -> npt.NDArray[np.float64]:
 def with_reduction(method: Method, reduction: str) -> Objective:
     """The method's objective with every term averaged this way."""
     objective = method.objective
-    terms = (replace(term, reduction=reduction) for term in objective.terms)
+    terms = (
+        replace(term, source=replace(term.source, reduction=reduction))
+        if isinstance(term, Routed)
+        else replace(term, reduction=reduction)
+        for term in objective.terms
+    )
     return Objective(*terms, temperature=objective.temperature)
 
 

@@ -5,9 +5,10 @@ Source: A Formula-Driven Survey and Research Agenda for On-Policy Distillation, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from opd.formula import reward, support
+from opd.fields import positional_names
+from opd.formula import reward, selection, support
 from opd.objective import Dense, Method, Regulariser, Routed, Sampled, Term
 from opd.schedule import Schedule
 from opd.types import Bound, StateSource, TeacherView, with_parts
@@ -26,6 +27,12 @@ VARIABLES = (
 
 REFERENCE = "reference"
 
+SWITCHES = frozenset(
+    {"distrust", "negative_advantage", "positive_advantage", "teacher_entropy_above"}
+    | {"teacher_entropy_below", "trust", "trusted", "untrusted"}
+)
+"""Weights that share out the rows between a term that scores and one that says what instead."""
+
 
 def nine_variables(method: Method) -> dict[str, str]:
     """What a composition chose for each of the nine, in the survey's order."""
@@ -39,7 +46,7 @@ def nine_variables(method: Method) -> dict[str, str]:
         "update route": _joined(_route(term) for term in main),
         "temporal credit": _joined(_credit(term) for term in main),
         "gate / weight": _joined(_weight(term) for term in main),
-        "vocabulary routing": _joined(_routing(term) for term in main),
+        "vocabulary routing": _joined(_routing(term, main) for term in main),
         "regulariser": _joined(_penalty(term) for term in terms if _regularises(term)),
     }
 
@@ -97,13 +104,21 @@ def knob_in_words(value: object) -> str:
 
 def _feedback(method: Method) -> str:
     read = method.objective.views()
-    if not read:
-        return "none: the text itself is the target"
     views = {view.name: view for view in method.views}
-    return _joined(
+    said = [
         view_in_words(views[name]) + ("" if name == "teacher" else f" (as {name!r})")
         for name in sorted(read, key=lambda name: (name != "teacher", name))
-    )
+    ]
+    if "verdict" in method.objective.field_names():
+        said.append("the verifier's verdict")
+    if not said and not any(_imitates(term) for term in method.objective.terms):
+        return "none: the student's own probabilities"
+    return _joined(said) if said else "none: the text itself is the target"
+
+
+def _imitates(term: Term) -> bool:
+    """Whether a term makes its rows' own tokens likelier, whatever they are."""
+    return isinstance(term, Sampled) and Bound.of(term.reward).function is reward.one
 
 
 def view_in_words(view: TeacherView) -> str:
@@ -113,6 +128,8 @@ def view_in_words(view: TeacherView) -> str:
             f"log {name}" if weight == 1 else f"{knob_in_words(weight)} x log {name}"
             for name, weight in view.parts
         )
+        if not view.normalised:
+            return f"the sum {parts}, a score of single tokens"
         return f"the log-linear combination {parts}, normalised"
     words = {
         "teacher": "the teacher model",
@@ -185,13 +202,35 @@ def _weight(term: Term) -> str:
     return f"{' x '.join(gates) or 'every token counts'}{kept}, {term.reduction}{rows}"
 
 
-def _routing(term: Term) -> str:
+def _routing(term: Term, others: Iterable[Term]) -> str:
+    switches = [Bound.of(slot) for slot in getattr(term, "weights", ()) if _switches(slot)]
+    if isinstance(term, Dense) and switches and _scores_beside(term, others):
+        gates = " x ".join(bound_in_words(bound) for bound in switches)
+        what = bound_in_words(Bound.of(term.divergence))
+        return f"explicit where {gates}: {what} says what instead"
     if not isinstance(term, Routed):
         return "implicit: the softmax decides where mass goes"
     candidates, share = Bound.of(term.candidates), Bound.of(term.share)
     return (
         f"{bound_in_words(Bound.of(term.amount))} to {bound_in_words(candidates)}, "
         f"shared {bound_in_words(share)}; elsewhere implicit"
+    )
+
+
+def _switches(slot: Callable[..., object]) -> bool:
+    """Whether a weight chooses rows by what the models say there, not by who drew the token."""
+    bound = Bound.of(slot)
+    module = bound.name.rpartition(".")[0]
+    return module == selection.__name__ or bound.short_name in SWITCHES
+
+
+def _scores_beside(dense: Dense, others: Iterable[Term]) -> bool:
+    """Whether the same view's advantage of the sampled token is scored beside a divergence."""
+    return any(
+        isinstance(term, Sampled)
+        and term.against == dense.against
+        and "teacher_logp" in positional_names(Bound.of(term.reward).function)
+        for term in others
     )
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from opd import catalog, methods
 from opd.formula import credit, divergence, reward, support, surrogate, weight
 from opd.objective import Dense, Method, Objective, Sampled
+from opd.schedule import Linear
 from opd.types import Provenance
 from tests.builders import (
     DATA,
@@ -29,12 +30,12 @@ from tests.builders import (
     full_gradient,
     with_reduction,
 )
+from tests.methods.expectations import TREES, expected_gradient
 from tests.reference import objectives as ref
 from tests.reference.enumeration import (
     Tree,
     exact_local_gradient,
     exact_sequence_reverse_kl_gradient,
-    padded_responses,
 )
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum")
@@ -90,10 +91,6 @@ SUBJECTS = {
 }
 each_subject = pytest.mark.parametrize("name", list(SUBJECTS))
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-
-
-def test_every_method_has_a_transcription() -> None:
-    assert {subject.method.name for subject in SUBJECTS.values()} == set(methods.__all__)
 
 
 @each_subject
@@ -174,25 +171,7 @@ def test_knobs_reach_the_composition() -> None:
 # Exact expectations
 
 
-TREES = {
-    "horizon": Tree.random(seed=0, vocab_size=3, horizon=3),
-    "end token": Tree.random(seed=1, vocab_size=3, horizon=4, end_id=0),
-}
 each_tree = pytest.mark.parametrize("tree", list(TREES.values()), ids=list(TREES))
-
-
-def expected_gradient(tree: Tree, *terms: Dense | Sampled) -> np.ndarray[Any, Any]:
-    """The exact mean gradient over all responses, through the head and the signal phase."""
-    padded = padded_responses(tree)
-    case = Case(
-        *(torch.tensor(part) for part in (padded.tokens, padded.mask, padded.provenance)),
-        torch.tensor(padded.student_logits),
-        {"teacher": torch.tensor(padded.teacher_logits)},
-    )
-    objective = Objective(*(replace(term, reduction="sequence_sum") for term in terms))
-    per_response = full_gradient(case, evaluate(case, objective).gradient) * len(padded.tokens)
-    return padded.expectation(per_response, tree)
-
 
 LOCAL = [methods.sampled_token_opd, methods.vopd, methods.reverse_kl_opd]
 LOG_RATIO = Sampled(reward=reward.teacher_log_ratio)
@@ -318,3 +297,27 @@ def test_a_head_in_chunks_says_the_same_as_one_in_one_piece(name: str, rows_per_
         assert parts.head.stats[stat].total == pytest.approx(expected.total, abs=1e-12)
     for row, values in whole.head.rows.items():
         assert torch.allclose(parts.head.rows[row], values, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (methods.relay_opd, {"k": 0}, "k must be at least 1, got 0"),
+        (methods.speculative_kd, {"k": 0}, "k must be at least 1, got 0"),
+        (methods.growing_prefix_opd, {"horizon": 0}, "horizon must be at least 1, got 0"),
+        (methods.veto, {"share": 1.0}, "share must be in .0, 0.999., for at 1 the teacher drops"),
+        (methods.veto, {"share": Linear(1.5, 0.0, 9)}, "share must be in .* got Linear"),
+        (methods.sr_opsd, {"share": 2.0}, "share must be in .0, 1., got 2"),
+        (methods.compass_opd, {"penalty": 0.0}, "penalty must be at least 0.001, got 0"),
+        (methods.purified_opsd, {"temperature": 0.0}, "temperature must be at least 0.001, got 0"),
+        (methods.ts_opsd, {"temperature": -1.0}, "temperature must be positive, got -1"),
+        (methods.uni_opd, {"margin": -1.0}, "margin must be at least 0, got -1"),
+        (methods.distillm_2, {"student_coef": 2.5}, "student_coef must be in .0, 2., got 2.5"),
+        (methods.confident_wrong_opd, {"above": 1.5}, "above must be in .0, 1., got 1.5"),
+    ],
+)
+def test_an_option_that_would_turn_a_method_off_or_round_is_refused(
+    make: Callable[..., Method], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)

@@ -1,0 +1,47 @@
+"""Every published method has a recipe, and each trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import opd
+from opd import methods
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes" / "methods"
+CPU_SECONDS = 90
+
+
+def test_every_method_trains_from_its_recipe_within_the_time(tmp_path: Path) -> None:
+    script = [sys.executable, "-m", "tests.e2e.every_method", str(tmp_path)]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert result["failures"] == {}
+    assert result["cpu_seconds"] <= CPU_SECONDS
+    trained = {folder.name for folder in tmp_path.iterdir() if (folder / "events.jsonl").exists()}
+    assert trained == {*methods.__all__, "warm"}
+
+
+def test_recipes_have_nothing_against_them() -> None:
+    of_every_kind = ("compass_opd", "distillm", "gae_opd", "gates", "opcd", "rlcsd", "verify_first")
+    for name in of_every_kind:
+        findings = opd.check(opd.load(RECIPES / f"{name}.toml"))
+        assert [finding for finding in findings if finding.level == "error"] == [], name
+    for name in methods.__all__:
+        assert opd.load(RECIPES / f"{name}.toml").config.sampler.max_new_tokens == 64, name
+
+
+def test_there_is_a_recipe_for_every_method_and_each_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("make", ROOT / "docs/make_method_recipes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    assert {file.stem for file in RECIPES.glob("*.toml")} == set(methods.__all__)
+    for name in methods.__all__:
+        assert (RECIPES / f"{name}.toml").read_text(encoding="utf-8") == make.recipe(name), name
