@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tomllib
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,109 @@ from opd.errors import ConfigError, nearest
 
 INDEX = catalog.PACKAGE / "methods" / "index.json"
 
+FILTERS = {
+    "level": ("evidence", ("E0", "E1", "E2", "E3", "M")),
+    "formula": ("formula_source", ("code", "paper", "note", "inferred")),
+}
+"""By option, the key of a method's row that it looks at, and the values there are."""
+
+ROOM_FOR_ALL = 100
+"""Characters of a terminal below which methods are listed with one column of prose."""
+
 Row = dict[str, Any]
 
 
 def main(arguments: Namespace) -> int:
     """List one kind of thing."""
-    if arguments.what not in KINDS:
-        raise ConfigError(
-            f"there is no list of {arguments.what!r}. {nearest(arguments.what, KINDS)}"
-        )
-    rows, draw = KINDS[arguments.what]
+    what = arguments.what
+    if what == "methods":
+        return list_methods(arguments)
+    if what not in KINDS:
+        raise ConfigError(f"there is no list of {what!r}. {nearest(what, ('methods', *KINDS))}")
+    for option in ("variable", *FILTERS):
+        if getattr(arguments, option) is not None:
+            raise ConfigError(
+                f"`opd list {what}` has no option '--{option}': it is one of `opd list methods`"
+            )
+    rows, draw = KINDS[what]
     found = rows(Path(arguments.output))
     if arguments.json:
         print_json(found)
     elif found:
         console().print(draw(found))
     else:
-        print(f"no {arguments.what}; `opd run` makes one")
+        print(f"no {what}; `opd run` makes one")
     return 0
 
 
-def method_rows(_: Path) -> list[Row]:
+def list_methods(arguments: Namespace) -> int:
+    """List the methods that pass the filters; with a variable, equal choices stand together."""
+    rows = method_rows()
+    variable = "" if arguments.variable is None else find_variable(arguments.variable, rows)
+    for option, (key, valid) in FILTERS.items():
+        if (given := getattr(arguments, option)) is not None:
+            wanted = _values(option, given, valid)
+            rows = [row for row in rows if row[key] in wanted]
+    if variable:
+        rows = by_choice(rows, variable)
+    if arguments.json:
+        print_json(rows)
+    elif rows:
+        screen = console()
+        screen.print(_draw_methods(rows, variable, all_columns=screen.width >= ROOM_FOR_ALL))
+    else:
+        filters = [f"--{name} {text}" for name in FILTERS if (text := getattr(arguments, name))]
+        print(f"no published method passes {' '.join(filters)}")
+    return 0
+
+
+def method_rows() -> list[Row]:
     """The index that `make index` writes."""
     rows: list[Row] = json.loads(INDEX.read_text(encoding="utf-8"))
     return rows
 
 
-def formula_rows(_: Path) -> list[Row]:
+def find_variable(word: str, rows: list[Row]) -> str:
+    """The one of the nine variables whose name is the word, or alone contains it.
+
+    Raises:
+        ConfigError: none does, or several do; names the nine.
+    """
+    nine: list[str] = list(rows[0]["variables"])
+    sought = word.strip().casefold()
+    found = [name for name in nine if sought == name] or [name for name in nine if sought in name]
+    if len(found) == 1:
+        return found[0]
+    fault = f"fits {' and '.join(found)} alike" if found else "fits no variable"
+    raise ConfigError(f"--variable {word!r} {fault}. The nine: {', '.join(nine)}.")
+
+
+def by_choice(rows: list[Row], variable: str) -> list[Row]:
+    """The rows sorted by what they chose for the variable, the commonest choice first."""
+    times = Counter(row["variables"][variable] for row in rows)
+
+    def place(row: Row) -> tuple[int, str]:
+        choice = row["variables"][variable]
+        return -times[choice], choice
+
+    return sorted(rows, key=place)
+
+
+def _values(option: str, given: str, valid: Collection[str]) -> set[str]:
+    """The valid values that a comma-separated text names."""
+    spelled = {value.casefold(): value for value in valid}
+    found = set()
+    for word in given.split(","):
+        if (plain := word.strip().casefold()) not in spelled:
+            raise ConfigError(
+                f"--{option} has no value {word.strip()!r}. "
+                f"Valid: {', '.join(valid)}, or several with commas between them."
+            )
+        found.add(spelled[plain])
+    return found
+
+
+def formula_rows() -> list[Row]:
     """Every formula, from its docstring."""
     return [
         {
@@ -58,7 +135,7 @@ def formula_rows(_: Path) -> list[Row]:
     ]
 
 
-def task_rows(_: Path) -> list[Row]:
+def task_rows() -> list[Row]:
     """The built-in tasks."""
     from opd.data.tasks import TASKS
 
@@ -109,17 +186,28 @@ def _run_row(folder: Path) -> Row:
     }
 
 
-def _draw_methods(rows: list[Row]) -> Table:
+def _draw_methods(rows: list[Row], variable: str, *, all_columns: bool) -> Table:
+    """A table of methods; without room for all columns, only one of them is prose."""
     summaries = catalog.methods()
-    made = table("method", "what it computes", "text by", "evidence", "hash", whole=["hash"])
+    choice = variable or "text by"
+    cells: dict[str, Callable[[Row], str]] = {
+        "method": lambda row: row["name"],
+        "what it computes": lambda row: summaries[row["name"]].summary,
+        choice: lambda row: row["variables"][variable or "state source"],
+        "evidence": lambda row: row["evidence"],
+        "hash": lambda row: row["composition_hash"],
+    }
+    if not all_columns:
+        del cells["hash"], cells["what it computes" if variable else choice]
+    made = table(*cells, whole=["evidence", "hash"])
+    before = ""
     for row in rows:
-        made.add_row(
-            row["name"],
-            summaries[row["name"]].summary,
-            row["variables"]["state source"],
-            row["evidence"],
-            row["composition_hash"],
-        )
+        shown = {title: cell(row) for title, cell in cells.items()}
+        if variable and shown[choice] == before:
+            shown[choice] = '"'
+        else:
+            before = shown.get(choice, "")
+        made.add_row(*shown.values())
     return made
 
 
@@ -154,9 +242,8 @@ def _draw_runs(rows: list[Row]) -> Table:
     return made
 
 
-KINDS = {
-    "methods": (method_rows, _draw_methods),
-    "formulas": (formula_rows, _draw_formulas),
-    "tasks": (task_rows, _draw_tasks),
+KINDS: dict[str, tuple[Callable[[Path], list[Row]], Callable[[list[Row]], Table]]] = {
+    "formulas": (lambda _: formula_rows(), _draw_formulas),
+    "tasks": (lambda _: task_rows(), _draw_tasks),
     "runs": (run_rows, _draw_runs),
 }
