@@ -26,6 +26,7 @@ import opd
 from opd import catalog
 from opd.cli.main import COMMANDS, main
 from opd.data.tasks import SPLITS, Task
+from opd.methods.make_index import method_rows
 from opd.objective import Method
 from opd.terms import TERMS
 from opd.training.config import (
@@ -251,10 +252,38 @@ def test_the_page_of_the_run_file_is_up_to_date() -> None:
     assert (ROOT / "docs/run_file.md").read_text() == make.page(), "python docs/make_run_file.py"
 
 
+def test_the_pages_of_the_methods_are_up_to_date() -> None:
+    make = module_from("make_method_pages", ROOT / "docs/make_method_pages.py")
+    rows = method_rows()
+    said = "python docs/make_method_pages.py"
+    assert (ROOT / "docs/methods.md").read_text(encoding="utf-8") == make.methods_page(rows), said
+    assert (ROOT / "docs/atlas.md").read_text(encoding="utf-8") == make.atlas_page(rows), said
+
+
+def test_the_pages_of_the_methods_name_methods_that_exist_and_all_of_them() -> None:
+    make = module_from("make_method_pages", ROOT / "docs/make_method_pages.py")
+    here = [words for _, words in make.ROWS if not words.startswith("not here")]
+    named = {name for words in here for name in words.split()}
+    in_frameworks = {here for _, _, here in make.FRAMEWORKS if ":" not in here}
+    assert named | in_frameworks <= set(catalog.methods())
+    assert len({name for name, _ in make.ROWS}) == len(make.ROWS) == 73
+    families = {entry.module.rpartition(".")[2] for entry in catalog.methods().values()}
+    assert families == set(make.FAMILIES)
+
+
+def test_the_number_of_methods_is_said_as_it_is() -> None:
+    said = re.findall(r"\[(\d+) published methods\]", (ROOT / "README.md").read_text())
+    said += re.findall(
+        r"rows of a response, (\d+) compositions", (ROOT / "CHANGELOG.md").read_text()
+    )
+    assert said == [str(len(catalog.methods()))] * 2
+
+
 def test_the_page_of_the_run_file_has_every_key_with_its_default() -> None:
     page = (ROOT / "docs/run_file.md").read_text()
     sections = dict(re.findall(r"^## `\[([\w.]+)\]`\n(.*?)(?=^## |\Z)", page, re.M | re.S))
     config = dataclasses.asdict(from_tree({"student": {"model": ""}, "data": {"prompts": ""}}))
+    assert config.pop("teachers") == {}  # a section per name, with the keys of [teacher]
     assert set(sections) == {*(n for n, v in config.items() if isinstance(v, dict)), "student.lora"}
     lora = config["student"].pop("lora")
     for section, values in {**config, "student.lora": lora}.items():
