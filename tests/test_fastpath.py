@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import opd.fastpath as fastpath
 from opd.fastpath import (
@@ -20,8 +21,10 @@ from opd.fastpath import (
     _ShortAttention,
     response_states,
     why_generic,
+    why_not_fast,
 )
 from opd.models import LoadedModel, LoraSettings, backbone, load_model
+from opd.rollout.local import LocalSampler
 from opd.rollout.pack import pack_rollout, split
 from opd.student import Student
 from opd.teacher.local import LocalTeacher
@@ -255,11 +258,52 @@ def test_what_keeps_a_model_from_the_fast_path_is_named(monkeypatch: pytest.Monk
     assert "more than" in str(why_generic(tiny("llama").model))
 
 
+class ShiftedNorm(LlamaRMSNorm):
+    """A norm whose gain counts from one, as Gemma's does."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) + hidden_states
+
+
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [
+        ("norm", ShiftedNorm(32)),
+        ("layers.0.input_layernorm", nn.LayerNorm(32)),
+        ("layers.1.mlp", nn.Linear(32, 32)),
+        ("layers.1.mlp", nn.Identity()),
+        ("layers.0.mlp.act_fn", nn.GELU()),
+        ("layers.0.mlp.up_proj", nn.Sequential(nn.Linear(32, 64, bias=False))),
+    ],
+)
+def test_a_replaced_part_is_heard_in_training_and_in_sampling(place: str, part: nn.Module) -> None:
+    loaded, batch = tiny("llama"), make_batch()
+    backbone(loaded.model).set_submodule(place, part)
+    assert f"its {place} is a {type(part).__name__}" in str(why_generic(loaded.model))
+    assert LocalSampler(loaded).path == "generic"
+    with torch.no_grad():
+        states = response_states(loaded.model, batch)
+    assert (states - own_states(loaded.model, batch)).abs().max() <= TOLERANCE
+
+
+def test_a_replaced_forward_is_called() -> None:
+    model, batch = tiny("llama").model, make_batch()
+    norm: Any = backbone(model).norm
+    plain = norm.forward
+    norm.forward = lambda states: 2 * plain(states)
+    assert "the forward of its norm was replaced" in str(why_generic(model))
+    with torch.no_grad():
+        doubled = response_states(model, batch)
+        norm.forward = plain
+        assert (doubled - 2 * own_states(model, batch)).abs().max() <= TOLERANCE
+
+
 def test_hooks_are_called_because_their_owner_takes_the_models_own_forward() -> None:
     model, seen = tiny("llama").model, []
     assert isinstance(model, LlamaForCausalLM)
     handle = model.model.layers[0].register_forward_hook(lambda *_: seen.append(True))
     assert "hooks" in str(why_generic(model))
+    assert "hooks" in str(why_not_fast(model))
     with torch.no_grad():
         response_states(model, make_batch())
     assert seen

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from transformers.activations import SiLUActivation
 
 from opd.models import backbone
 from opd.types import Batch
@@ -47,12 +48,31 @@ SMALL = "a small float32 model of Llama-like shape, on a CPU"
 SHORT = 128
 """Up to this length attention is quicker with all its weights written out than block by block."""
 
-_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+_FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
+"""By `model_type`: what the names of the family's classes begin with."""
+
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 _MAY_HAVE_BIAS = ("q_proj", "k_proj", "v_proj")
 _PROJECTIONS = {
     "self_attn": (*_MAY_HAVE_BIAS, "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+_NORMS = ("norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
+
+_OWN_PARTS = {
+    "": "Model",
+    "self_attn": "Attention",
+    "mlp": "MLP",
+    "rotary_emb": "RotaryEmbedding",
+    **dict.fromkeys(_NORMS, "RMSNorm"),
+}
+"""By the place in a decoder: the family's own class."""
+
+_SHARED_PARTS: dict[str, tuple[type[nn.Module], ...]] = {
+    "embed_tokens": (nn.Embedding,),
+    "layers": (nn.ModuleList,),
+    "act_fn": (nn.SiLU, SiLUActivation),
+    **{name: (nn.Linear,) for names in _PROJECTIONS.values() for name in names},
 }
 
 
@@ -82,8 +102,6 @@ def why_generic(model: nn.Module) -> str | None:
     """
     size = 0
     for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            return f"its {type(module).__name__} has hooks, which would not be called"
         for weight in module._parameters.values():
             if weight is None:
                 continue
@@ -110,8 +128,45 @@ def _shape_obstacle(model: nn.Module) -> str | None:
     config = cast(Any, model).config
     if config.model_type not in _FAMILIES:
         return f"its family, {config.model_type}, is not one of {', '.join(_FAMILIES)}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {config.hidden_act}"
     base = cast(Any, backbone(model))
-    return _attention_obstacle(config, base) or _projection_obstacle(base)
+    return (
+        _hook_obstacle(model)
+        or _replacement_obstacle(config.model_type, base)
+        or _attention_obstacle(config, base)
+        or _bias_obstacle(base)
+    )
+
+
+def _hook_obstacle(model: nn.Module) -> str | None:
+    for module in model.modules():
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return f"its {type(module).__name__} has hooks, which would not be called"
+    return None
+
+
+def _replacement_obstacle(family: str, base: nn.Module) -> str | None:
+    """What of the decoder is not the family's own: a subclass, another class, another forward."""
+    for name, module in base.named_modules():
+        if not _is_own_part(family, name.rpartition(".")[2], type(module)):
+            return f"its {name or 'decoder'} is a {type(module).__name__}, not {family}'s own"
+        if "forward" in vars(module):
+            return f"the forward of its {name or 'decoder'} was replaced"
+    return None
+
+
+def _is_own_part(family: str, place: str, kind: type[nn.Module]) -> bool:
+    if place in _SHARED_PARTS:
+        return kind in _SHARED_PARTS[place]
+    role = "DecoderLayer" if place.isdigit() else _OWN_PARTS.get(place)
+    own = f"transformers.models.{family}.modeling_{family}"
+    return (kind.__module__, kind.__name__) == (own, f"{_FAMILIES[family]}{role}")
 
 
 def _attention_obstacle(config: Any, base: Any) -> str | None:
@@ -127,17 +182,12 @@ def _attention_obstacle(config: Any, base: Any) -> str | None:
     return None
 
 
-def _projection_obstacle(base: Any) -> str | None:
-    if base.config.hidden_act not in ("silu", "swish"):
-        return f"its activation is {base.config.hidden_act}"
+def _bias_obstacle(base: Any) -> str | None:
     for layer in base.layers:
         for owner, names in _PROJECTIONS.items():
             modules = getattr(layer, owner)._modules
             for name in names:
-                linear = modules[name]
-                if type(linear) is not nn.Linear:
-                    return f"{owner}.{name} is a {type(linear).__name__}"
-                if linear.bias is not None and name not in _MAY_HAVE_BIAS:
+                if modules[name].bias is not None and name not in _MAY_HAVE_BIAS:
                     return f"{owner}.{name} has a bias"
     return None
 
