@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 
 from opd import catalog, methods
+from opd.audit.rules import RunFacts, examine
 from opd.data.tasks import TASKS
 from opd.fields import positional_names
 from opd.objective import Method, Sampled
@@ -89,6 +90,9 @@ def recipe(name: str) -> str:
     scored = any(isinstance(term, Sampled) for _, term in made.objective.parts())
     lines += [f"learning_rate = {SAMPLED_RATE if scored else DENSE_RATE}", "save_every = 60", ""]
     lines += ["[evaluate]", "every = 40"]
+    if declared := _declared(made):
+        lines += ["", "[check]  # as published; `opd list rules` says what is to be known of it"]
+        lines += [f"declared = {json.dumps(declared)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -123,6 +127,16 @@ def _options(name: str) -> dict[str, object]:
         if parameter.name == "k" and parameter.default > MOST_TOKENS:
             found["k"] = FEW_TOKENS
     return found
+
+
+def _declared(method: Method) -> list[str]:
+    """The composition rules that the method, run as its recipe runs it, breaks on purpose."""
+    remarks = examine(method, RunFacts(samples_per_prompt=4, max_new_tokens=TASK_TOKENS, steps=240))
+    return [
+        remark.rule
+        for remark in remarks
+        if remark.level == "must be declared" and not remark.declared
+    ]
 
 
 def main() -> None:

@@ -144,6 +144,16 @@ def test_at_settles_every_schedule_and_changes_nothing_else() -> None:
     assert again == settled
 
 
+def test_the_ends_hold_every_schedule_at_its_lowest_and_at_its_highest() -> None:
+    def made(skew: Any, coef: Any) -> Objective:
+        loss = partial(divergence.skew_forward_kl, skew=skew)
+        return Objective(Dense(loss, coef=coef, name="a"), Dense(divergence.reverse_kl, name="b"))
+
+    low, high = made(Linear(0.4, 0.1, 9), Cosine(0.0, 2.0, 9)).at_ends()
+    assert (low, high) == (made(0.1, 0.0), made(0.4, 2.0))
+    assert made(0.3, 1.0).at_ends() == (made(0.3, 1.0), made(0.3, 1.0))
+
+
 def test_a_whole_knob_stays_whole_under_a_schedule() -> None:
     case = Case.random(0)
     growing = replace(TOP_K, support=partial(support.student_top_k, k=Linear(2, 5, 2)))

@@ -66,6 +66,45 @@ class Entry:
         return "\n".join(line.strip() for line in body.splitlines() if line.startswith("    "))
 
 
+@dataclass(frozen=True)
+class Rule:
+    """One composition rule.
+
+    Attributes:
+        name: as a run file spells it.
+        function: the function of `opd.audit.rules` that looks for it.
+        level: `refused`, `must be declared`, `note` or `allowed`.
+        says: one line.
+        reason: why.
+        way_out: what to do instead.
+        source: who says so.
+    """
+
+    name: str
+    function: str
+    level: str
+    says: str
+    reason: str
+    way_out: str
+    source: str
+
+
+@cache
+def rules() -> dict[str, Rule]:
+    """Composition rules by name, in the order of their module."""
+    file = PACKAGE / "audit" / "rules.py"
+    exported = _exported(file)
+    found = {}
+    for entry in _functions(file, "opd.audit.rules"):
+        if entry.name in exported:
+            name = entry.name.replace("_", "-")
+            level, reason, remedy, source = map(
+                entry.section, ("Level", "Reason", "Remedy", "Source")
+            )
+            found[name] = Rule(name, entry.name, level, entry.summary, reason, remedy, source)
+    return found
+
+
 @cache
 def methods() -> dict[str, Entry]:
     """Published methods by name."""

@@ -357,6 +357,21 @@ class Objective:
 
     # -- schedules ---------------------------------------------------------------------------
 
+    def at_ends(self) -> tuple[Objective, Objective]:
+        """The objective with every schedule at its lowest value, and with every one at its highest.
+
+        The same twice where nothing is scheduled.
+        """
+
+        def settled(end: int) -> Objective:
+            def settle(path: str, value: Any) -> Any:
+                return value.reachable()[end] if isinstance(value, Schedule) else value
+
+            terms = (_settle_term(term, label, settle) for label, term in self.labelled())
+            return Objective(*terms, temperature=self.temperature)
+
+        return settled(0), settled(1)
+
     def at(self, step: int, stats: Mapping[str, Stat], state: Any) -> tuple[Objective, Any]:
         """The objective with every schedule replaced by its value at `step`, and their state."""
         old = dict(state or {})

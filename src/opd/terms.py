@@ -556,7 +556,7 @@ def _call(
         result = bound(*arguments)
     if not isinstance(result, Tensor):
         raise ConfigError(
-            f"{_shown(bound)} returned {result!r}; it must return a tensor, one number per token"
+            f"{shown(bound)} returned {result!r}; it must return a tensor, one number per token"
         )
     if (hit := counted_by(bound)) is not None:
         changed = hit(*arguments, **dict(bound.knobs))
@@ -572,7 +572,7 @@ def _blamed(bound: Bound) -> Iterator[None]:
     except Exception as error:  # a user's function may raise anything
         if isinstance(error, OpdError) or is_out_of_memory(error):
             raise
-        raise ConfigError(f"{_shown(bound)} failed: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{shown(bound)} failed: {type(error).__name__}: {error}") from error
 
 
 def _per_row(bound: Bound, value: Tensor, evaluation: Evaluation) -> Float[Tensor, " n"]:
@@ -580,7 +580,7 @@ def _per_row(bound: Bound, value: Tensor, evaluation: Evaluation) -> Float[Tenso
     rows = evaluation.field(FieldKey("tokens")).shape
     if value.shape != rows:
         raise ConfigError(
-            f"{_shown(bound)} returned the shape {list(value.shape)} for {list(rows)} tokens; "
+            f"{shown(bound)} returned the shape {list(value.shape)} for {list(rows)} tokens; "
             "return one number per token, unreduced"
         )
     return value
@@ -634,7 +634,8 @@ def _settled_number(value: float | Schedule, what: str) -> float:
     return value
 
 
-def _shown(bound: Bound) -> str:
+def shown(bound: Bound) -> str:
+    """A formula with its knobs, as errors name it."""
     knobs = ", ".join(f"{key}={value!r}" for key, value in bound.knobs)
     return f"the formula {bound.name}" + (f" with {knobs}" if knobs else "")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from opd.cli.main import main
+from opd.errors import ConfigError
 from opd.models import memory_estimate
 from opd.training.check import Finding, check, examine
 from opd.training.config import DataConfig, Run, load
@@ -221,6 +222,247 @@ def test_json_rows_have_one_form(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(capsys.readouterr().out)
     assert {row["kind"] for row in rows} == {"note", "memory"}
     assert all({"kind", "where", "message"} <= row.keys() for row in rows)
+
+
+# --------------------------------------------------------------------------------------------
+# Composition rules
+
+
+STALE = ("--method", "sampled_token_opd", "--train.updates_per_rollout", "4")
+
+
+def test_what_must_be_declared_is_an_error_with_both_ways_out(written: Written) -> None:
+    found = only_error(written(GOOD, *STALE))
+    assert found.where == "method.objective"
+    for part in ("(stale-tokens)", "truncated_importance", 'check.declared = ["stale-tokens"]'):
+        assert part in found.message
+
+
+def test_what_is_declared_is_a_note(written: Written) -> None:
+    run = written(GOOD, *STALE, "--check.declared", '["stale-tokens"]')
+    assert errors(run) == []
+    (found,) = at("method.objective", run)
+    assert found.level == "note"
+    assert "(stale-tokens, declared)" in found.message
+
+
+def test_a_declaration_of_what_is_not_done_is_noted(written: Written) -> None:
+    (found,) = at("check.declared", written(GOOD, "--check.declared", '["stale-tokens"]'))
+    assert (found.level, "'stale-tokens'" in found.message) == ("note", True)
+
+
+def test_what_is_refused_has_no_declaration_as_its_way_out(written: Written) -> None:
+    term = '[{kind = "sampled", reward = "expected_log_ratio"}]'
+    run = written(GOOD, "--method.name", "custom", "--method.objective.terms", term)
+    found = only_error(run)
+    assert "(distribution-as-reward)" in found.message
+    assert "check.declared" not in found.message
+
+
+def test_what_a_term_accepts_needs_no_second_declaration(written: Written) -> None:
+    term = (
+        '[{kind = "dense", divergence = "reverse_kl", tail = "truncate", accept_collapse = true, '
+        'support = {use = "student_top_k", k = 4}}]'
+    )
+    run = written(GOOD, "--method.name", "custom", "--method.objective.terms", term)
+    assert errors(run) == []
+    (found,) = at("method.objective", run)
+    assert "leave the support" in found.message
+
+
+def test_the_facts_that_rules_read_are_those_of_the_run(written: Written) -> None:
+    wheres = {
+        "--sampler.temperature 0.7": "sampler.temperature",
+        "--sampler.top_p 0.9": "sampler.top_p",
+        "--sampler.top_k 3": "sampler.top_k",
+        "--train.updates_per_rollout 2": "method.objective",
+    }
+    for words, where in wheres.items():
+        found = only_error(written(GOOD, "--method", "sampled_token_opd", *words.split()))
+        assert found.where == where
+    alone = only_error(written(GOOD, "--method", "kdrl"))
+    assert alone.where == "sampler.samples_per_prompt"
+    assert errors(written(GOOD, "--method", "kdrl", "--sampler.samples_per_prompt", "4")) == []
+
+
+def test_a_limit_below_the_responses_of_a_task_cuts_returns() -> None:
+    words = ["--method", "rao_blackwell_opd", "--sampler.max_new_tokens", "8"]
+    found = only_error(load(None, words))
+    assert found.where == "sampler.max_new_tokens"
+    assert "(truncated-returns)" in found.message
+    assert errors(load(None, words[:2])) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("stale-reward", ["'stale-reward' is no rule", "'stale-rewards'"]),
+        ("k1-back-propagated", ["'refused'", "takes no declaration"]),
+        ("top-k-as-baseline", ["'allowed'", "takes no declaration"]),
+    ],
+)
+def test_a_declaration_is_checked_on_load(name: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(None, ["--check.declared", f'["{name}"]'])
+    for part in ("check.declared", *parts):
+        assert part in str(refused.value)
+
+
+# --------------------------------------------------------------------------------------------
+# The trial of the objective
+
+
+def custom(term: str) -> tuple[str, ...]:
+    return ("--method.name", "custom", "--method.objective.terms", f"[{{{term}}}]")
+
+
+SAMPLED = 'kind = "sampled", reward = "teacher_log_ratio"'
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "said"),
+    [
+        (
+            ("--method", "eopd", "--method.options.low", "-1"),
+            "method.options.low",
+            "got -1 and 0.2",
+        ),
+        (
+            ("--method", "gkd", "--method.options.teacher_weight", "1"),
+            "method.options.teacher_weight",
+            "strictly between 0 and 1, got 1",
+        ),
+        (
+            custom(SAMPLED + ', surrogate = {use = "clipped", low = 2, high = 0.2}'),
+            "method.objective.terms[0].surrogate",
+            "got 2 and 0.2",
+        ),
+        (
+            custom(SAMPLED + ', weights = ["trust", {use = "keep_high_entropy", share = 1.5}]'),
+            "method.objective.terms[0].weights[1]",
+            "got 1.5",
+        ),
+        (
+            custom(SAMPLED + ', credit = {use = "discounted", gamma = 0.9, meaning = "none"}'),
+            "method.objective.terms[0].credit",
+            "must say what it means",
+        ),
+        (  # the second of two that differ in their knobs alone
+            custom(
+                SAMPLED
+                + ', surrogate = {use = "clipped", low = 0.2, high = 0.2}}, {'
+                + SAMPLED
+                + ', name = "b", surrogate = {use = "clipped", low = 3, high = 0.2}'
+            ),
+            "method.objective.terms[1].surrogate",
+            "got 3 and 0.2",
+        ),
+        (
+            custom(
+                'kind = "dense", divergence = {use = "skew_reverse_kl", skew = '
+                '{schedule = "linear", start = 0.1, end = 1.0, steps = 9}}'
+            ),
+            "method.objective.terms[0].divergence",
+            "got 1.0",
+        ),
+        (
+            custom(
+                'kind = "routed", candidates = "raised", source = {reward = '
+                '{use = "floored_log_ratio", floor_nats = 1}}'
+            ),
+            "method.objective.terms[0].source.reward",
+            "floor_nats must be negative, got 1",
+        ),
+    ],
+)
+def test_an_option_out_of_range_is_found_at_its_key(
+    written: Written, words: tuple[str, ...], where: str, said: str
+) -> None:
+    found = only_error(written(GOOD, *words))
+    assert found.where == where
+    assert said in found.message
+
+
+def test_a_formula_of_the_users_is_tried(written: Written, tmp_path: Path) -> None:
+    (tmp_path / "tried.py").write_text(
+        "def detached(student_log_probs, teacher_log_probs):\n"
+        "    return (student_log_probs - teacher_log_probs).sum(-1).detach()\n\n"
+        "def by_name(student_log_probs, teacher_log_probs):\n"
+        "    return -student_log_probs[..., 52]\n\n"
+        "def scores(student_logp, extra_grade):\n"
+        "    assert set(extra_grade.tolist()) == {3.0}\n"
+        "    return -student_logp * extra_grade\n"
+    )
+
+    def with_formula(name: str) -> Run:
+        records = [{**record, "grade": 3} for record in GOOD]
+        term = f'kind = "dense", divergence = "tried:{name}"'
+        return written(records, *custom(term))
+
+    assert "no term of the objective depends on" in only_error(with_formula("detached")).message
+    # it names a token of the student's 53, and reads a column of the data
+    assert errors(with_formula("by_name")) == []
+    assert errors(with_formula("scores")) == []
+
+
+def test_a_column_that_the_records_lack_is_told_once(written: Written) -> None:
+    run = written(GOOD, "--method", "verify_first", "--sampler.samples_per_prompt", "4")
+    found = only_error(run)
+    assert found.where == "data.prompts"
+    assert "teacher_pass" in found.message
+
+
+# --------------------------------------------------------------------------------------------
+# Several files
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[str]:
+    """A run file that works, one with a note and an error, and one that is none."""
+    text = (Path(__file__).parents[2] / "recipes/add.toml").read_text()
+    (tmp_path / "good.toml").write_text(text)
+    (tmp_path / "bad.toml").write_text(f"{text}[sampler]\ntemperature = 0.7\ntop_kk = 1\n")
+    (tmp_path / "noted.toml").write_text(
+        text.replace('"builtin:add-teacher"', '"./none"') + "[sampler]\ntemperature = 0.7\n"
+    )
+    return [str(tmp_path / f"{name}.toml") for name in ("good", "bad", "noted")]
+
+
+def test_several_files_are_checked_each_under_its_name(
+    three: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *three]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    heads = {line.rpartition(": ")[0]: place for place, line in enumerate(lines) if line[:1] == "/"}
+    assert list(heads) == three
+    good, bad, noted = (heads[name] for name in three)
+    assert lines[good].endswith("nothing stands in the way")
+    assert "'top_kk'" in "".join(lines[bad:noted])
+    rest = "".join(lines[noted:])
+    assert "error: teacher.model" in rest
+    assert "note: sampler" in rest
+    assert lines[-1] == "2 of 3 runs cannot work"
+    assert main(["check", three[0], three[0]]) == 0
+
+
+def test_json_of_several_files_says_which_and_in_the_form_of_one(
+    three: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *three, "--json"]) == 2
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["file"] for row in rows} == set(three)
+    failed = {row["file"] for row in rows if row["kind"] == "error"}
+    assert failed == set(three[1:])
+    assert main(["check", three[0], "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone == [row for row in rows if row["file"] == three[0]]
+
+
+def test_an_override_holds_for_every_file(
+    three: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", three[0], three[0], "--method", "rao_blackwel_opd"]) == 2
+    assert capsys.readouterr().out.count("'rao_blackwell_opd'") == 2
 
 
 def test_checking_leaves_the_random_state_alone() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from opd import methods
 from opd.catalog import formulas
+from opd.catalog import rules as composition_rules
 from opd.cli.listing import FILTERS
 from opd.cli.main import main
 from opd.data.tasks import TASKS
@@ -53,9 +54,18 @@ def test_formulas_and_tasks_are_complete(capsys: pytest.CaptureFixture[str]) -> 
         assert TASKS[row["name"]].solve(row["prompt"]) == row["solution"]
 
 
+def test_rules_have_the_keys_that_programs_read(capsys: pytest.CaptureFixture[str]) -> None:
+    found = rows(capsys, "rules")
+    keys = ["name", "level", "says", "reason", "way_out", "source"]
+    assert [list(row) for row in found] == [keys] * len(composition_rules())
+    assert all(all(row.values()) for row in found)
+    assert {row["level"] for row in found} == {"refused", "must be declared", "note", "allowed"}
+
+
 @pytest.mark.parametrize(
     ("what", "parts"),
     [
+        ("rules", ["stale-rewards", "must be declared", "allowed"]),
         ("methods", ["reverse_kl_opd", "E0", "evidence"]),
         ("formulas", ["divergence.generalized_jsd", "teacher_weight"]),
         ("tasks", ["sort", "selection sort"]),
@@ -241,7 +251,7 @@ def test_a_value_that_no_method_can_have_is_refused_with_those_there_are(
         assert part in told
 
 
-@pytest.mark.parametrize("what", ["formulas", "tasks", "runs"])
+@pytest.mark.parametrize("what", ["formulas", "rules", "tasks", "runs"])
 @pytest.mark.parametrize("words", ["--variable routing", "--level E0", "--formula code"])
 def test_the_filters_are_refused_where_no_methods_are_listed(
     what: str, words: str, capsys: pytest.CaptureFixture[str]

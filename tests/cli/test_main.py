@@ -46,6 +46,7 @@ def test_help_takes_at_most_0_4_cpu_seconds_and_no_torch(tmp_path: Path) -> None
     [
         "list methods --json",
         "list formulas",
+        "list rules --json",
         "list tasks",
         "list runs",
         "init my.toml",
@@ -53,6 +54,7 @@ def test_help_takes_at_most_0_4_cpu_seconds_and_no_torch(tmp_path: Path) -> None
         "run missing.toml",
         "run --method vpod",
         "check --sampler.top_p 2",
+        "check --check.declared ['stale-reward']",
         "explain gkt",
     ],
 )

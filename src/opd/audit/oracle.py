@@ -135,7 +135,7 @@ def expectation(
     Raises:
         ValueError: more than 20 000 tuples.
     """
-    objective = _sequence_sum(objective)
+    objective = as_sequence_sum(objective)
     responses = _enumerate(world)
     tuples = _tuples(len(responses.tokens), samples)
     chosen = tuples.flatten()
@@ -147,8 +147,8 @@ def expectation(
     rows = pack_rows(responses.state[chosen], mask)
     logits = world.student_logits[rows].requires_grad_()
     if objective.coupled:
-        batch = _settled(objective, logits.detach(), batch, samples)
-    out = linear_head(logits, _identity(world.vocab_size), batch, objective)
+        batch = settled(objective, logits.detach(), batch, samples)
+    out = linear_head(logits, identity_head(world.vocab_size), batch, objective)
     assert out.loss is not None
     (per_row,) = torch.autograd.grad(out.loss, logits)
 
@@ -265,7 +265,7 @@ def _batch(
     counts = {kind: Count(rows=float(mask.sum()), sequences=float(samples)) for kind in ROW_KINDS}
     packed = replace(pack_rollout(rollout, pad_id=0), counts=counts)
     rows = pack_rows(state, mask)
-    unembedding = _identity(world.vocab_size)
+    unembedding = identity_head(world.vocab_size)
     views = {
         name: TeacherScores(hidden=table[rows], unembedding=unembedding)
         for name, table in world.views.items()
@@ -276,14 +276,14 @@ def _batch(
         packed,
         views=views,
         old_logp=at_temperature[chosen],
-        student_top_ids=_top_ids(policy[rows], packed, k) if k else None,
+        student_top_ids=top_ids(policy[rows], packed, k) if k else None,
     )
 
 
-def _top_ids(logits: Float[Tensor, "N V"], batch: Batch, k: int) -> Int[Tensor, "N K"]:
+def top_ids(logits: Float[Tensor, "N V"], batch: Batch, k: int) -> Int[Tensor, "N K"]:
     """What the policy found likeliest at rollout time."""
     key = field_key("student_top_ids", "", Bound.of(support.student_top_k).with_knobs(k=k))
-    seen = linear_head(logits, _identity(logits.shape[1]), batch, wanted=frozenset({key}))
+    seen = linear_head(logits, identity_head(logits.shape[1]), batch, wanted=frozenset({key}))
     return seen.fields[key]
 
 
@@ -310,7 +310,7 @@ def _with_optional(
     return batch
 
 
-def _settled(
+def settled(
     objective: Objective, logits: Float[Tensor, "N V"], batch: Batch, samples: int
 ) -> Batch:
     """The signal phase, of every tuple by itself: its step is all that a statistic may see.
@@ -319,7 +319,7 @@ def _settled(
     """
     fields = linear_head(
         logits,
-        _identity(logits.shape[1]),
+        identity_head(logits.shape[1]),
         batch,
         wanted=objective.signal_keys(),
         temperature=objective.temperature,
@@ -352,12 +352,12 @@ def settles_together(objective: Objective) -> bool:
     )
 
 
-def _identity(vocab_size: int) -> Unembedding:
+def identity_head(vocab_size: int) -> Unembedding:
     """Hidden states that are the logits themselves."""
     return Unembedding(torch.eye(vocab_size, dtype=torch.float64), vocab_size)
 
 
-def _sequence_sum(objective: Objective) -> Objective:
+def as_sequence_sum(objective: Objective) -> Objective:
     def summed(term: Term) -> Term:
         if isinstance(term, Routed):
             return replace(term, source=replace(term.source, reduction="sequence_sum"))

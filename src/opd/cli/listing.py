@@ -1,4 +1,4 @@
-"""`opd list`: methods, formulas, tasks and runs. Imports no torch."""
+"""`opd list`: methods, formulas, rules, tasks and runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -135,6 +135,21 @@ def formula_rows() -> list[Row]:
     ]
 
 
+def rule_rows() -> list[Row]:
+    """The composition rules of `opd check`, from their docstrings."""
+    return [
+        {
+            "name": rule.name,
+            "level": rule.level,
+            "says": rule.says,
+            "reason": rule.reason,
+            "way_out": rule.way_out,
+            "source": rule.source,
+        }
+        for rule in catalog.rules().values()
+    ]
+
+
 def task_rows() -> list[Row]:
     """The built-in tasks."""
     from opd.data.tasks import TASKS
@@ -218,6 +233,13 @@ def _draw_formulas(rows: list[Row]) -> Table:
     return made
 
 
+def _draw_rules(rows: list[Row]) -> Table:
+    made = table("rule", "level", "what it is about", whole=["level"])
+    for row in rows:
+        made.add_row(row["name"], row["level"], row["says"])
+    return made
+
+
 def _draw_tasks(rows: list[Row]) -> Table:
     made = table("task", "what it is", "prompt", "solution")
     for row in rows:
@@ -244,6 +266,7 @@ def _draw_runs(rows: list[Row]) -> Table:
 
 KINDS: dict[str, tuple[Callable[[Path], list[Row]], Callable[[list[Row]], Table]]] = {
     "formulas": (lambda _: formula_rows(), _draw_formulas),
+    "rules": (lambda _: rule_rows(), _draw_rules),
     "tasks": (lambda _: task_rows(), _draw_tasks),
     "runs": (run_rows, _draw_runs),
 }

@@ -31,6 +31,7 @@ SECTIONS = (
     "critic",
     "evaluate",
     "log",
+    "check",
 )
 PLAIN_KEYS = ("name", "output", "seed", "device", "threads", "method")
 """Keys of a run file that stand in no section, and `method`, which is short for `method.name`."""
@@ -48,6 +49,42 @@ examples:
   opd run --resume runs/my_run         go on after an interruption
   opd explain vopd                     what a method computes, and where it is from
 """
+
+
+AUDIT_ADAPTERS = {
+    "rows": "f(student_logits [N, V], teacher_logits [N, V], tokens [N]) -> [N]; the default",
+    "reduced": "the same arguments -> one number",
+    "linear": "f(student_hidden [N, H], student_weight [V, H], teacher_hidden, teacher_weight, "
+    "tokens) -> one number",
+    "pair": "f(student_logits, teacher_logits) -> [N], [N, V] or one number; no tokens",
+    "logp": "f(student_logp [N], teacher_logp [N]) -> [N] or one number; teacher_first=True",
+    "trl": "TRL: generalized_jsd_loss of GKDTrainer, GOLDTrainer, IWOPDTrainer; beta",
+    "trl_chunked": "TRL: ChunkedDivergenceFunction; beta",
+    "liger": "Liger: a LigerFusedLinear...Loss class of chunked_loss, with its options",
+    "torchrl": "torchrl: DistillationLoss; kl_direction",
+    "ms_swift": "ms-swift: gkd_loss; beta, temperature, top_k",
+    "verl": "verl: distillation_loss; loss_mode, use_policy_gradient, defaults=dataclass or yaml",
+    "verl_policy": "verl: a policy loss of core_algos; loss_agg_mode, clip_ratio, ...",
+    "slime": "slime: f(args, batch, logits, sum_of_sample_mean) -> (loss, metrics)",
+    "nemo_rl": "NeMo-RL: a loss function, class or instance; top_k and the options of its config",
+    "tinker": "tinker: f(data, logprobs) -> (loss, metrics); teacher=KEY, mask=KEY, dense=True",
+}
+"""How `opd audit` calls a loss; those of `opd.audit.adapters`, for people."""
+
+AUDIT_HELP = (
+    "adapters:\n"
+    + "\n".join(f"  {name:<12}{form}" for name, form in AUDIT_ADAPTERS.items())
+    + """
+
+Row n's logits predict token n. Of mask [N], old_logp [N], temperature and count (rows that count,
+over all micro-batches) a loss is told those that it names.
+
+examples:
+  opd audit my_losses:reverse_kl --claim reverse_kl
+  opd audit my_losses:jsd --set beta=0.3 --claim jsd:0.3 --card jsd.html
+  opd audit opd.audit.specimens:k3_called_reverse_kl --claim reverse_kl   a known mistake
+"""
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -246,7 +283,9 @@ def _init(parser: Parser) -> None:
 
 
 def _check(parser: Parser) -> None:
-    _file(parser)
+    parser.add_argument(
+        "files", nargs="*", metavar="RUN.toml", help="run files; without one, the embedded default"
+    )
     _json(parser)
 
 
@@ -266,8 +305,43 @@ def _diff(parser: Parser) -> None:
     _json(parser)
 
 
+def _audit(parser: Parser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = AUDIT_HELP
+    parser.add_argument(
+        "targets",
+        nargs="*",
+        metavar="MODULE:FUNCTION",
+        help="a loss of yours or of a package; or a method or run file of opd, at its first step",
+    )
+    parser.flag(
+        "--claim",
+        "what it should descend: forward_kl, reverse_kl, jsd[:WEIGHT], sequence_reverse_kl, ...; "
+        "sets the exit code: 0 holds, 1 does not, 2 could not be run",
+        metavar="NAME",
+    )
+    parser.flag("--adapter", "how it is called (below)", metavar="NAME", default="rows")
+    parser.flags.append("--set")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what the function is told besides; may be repeated",
+    )
+    parser.flag(
+        "--written-by",
+        "who wrote the tokens: student (default) or teacher",
+        metavar="WHO",
+        default="student",
+    )
+    parser.flag("--card", "write the verdict as an HTML page", metavar="FILE")
+    parser.flag("--self-test", "audit the known mistakes that come with opd")
+    _json(parser)
+
+
 def _list(parser: Parser) -> None:
-    parser.add_argument("what", metavar="methods|formulas|tasks|runs")
+    parser.add_argument("what", metavar="methods|formulas|rules|tasks|runs")
     parser.flag(
         "--variable",
         "methods: show what each chose for this one of the nine variables, equal choices "
@@ -322,8 +396,11 @@ COMMANDS: dict[str, Command] = {
     "explain": Command(
         "explain", "the nine variables, formulas and passes of a run", _explain, overrides=True
     ),
+    "audit": Command(
+        "audit", "what a loss really descends, whatever its name", _audit, overrides=True
+    ),
     "diff": Command("diff", "the variables in which two methods differ", _diff),
-    "list": Command("listing", "methods, formulas, tasks or runs", _list),
+    "list": Command("listing", "methods, formulas, rules, tasks or runs", _list),
 }
 
 if __name__ == "__main__":

@@ -6,22 +6,25 @@ import functools
 import importlib.util
 import itertools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 
+from opd.audit.conduct import RunFacts
+from opd.audit.rules import Remark
+from opd.audit.rules import examine as examine_composition
 from opd.data.prompts import TASK_PREFIX, PromptSet, load_prompts
 from opd.data.records import encode_records
 from opd.data.sources import read_records
 from opd.data.tasks import find_task
 from opd.errors import OpdError
-from opd.formula import reward
 from opd.models import check_same_vocabulary, resolve_device
-from opd.objective import Dense, Method, Sampled
+from opd.objective import Method, Sampled
 from opd.teacher.context import ContextEncoder
+from opd.terms import parts, shown
 from opd.training.config import Run, StudentConfig, TeacherConfig
 from opd.training.facts import ModelFacts, read_facts
 from opd.training.folder import check_name
@@ -31,6 +34,7 @@ from opd.training.memory import (
     memory_parts,
     trainable_parameters,
 )
+from opd.training.probe import try_objective
 from opd.training.session import (
     Phase,
     asks_the_teacher,
@@ -45,6 +49,7 @@ from opd.training.session import (
     view_notes,
 )
 from opd.training.step import extra_columns
+from opd.types import Bound
 
 Level = Literal["error", "note"]
 T = TypeVar("T")
@@ -146,7 +151,7 @@ class _Checker:
             self.supports(method, student)
         if student:
             self.adapter(student)
-        longest = self.data(phases, student)
+        longest, train = self.data(phases, student)
         if student:
             self.positions(student, longest)
             self.learning_rates(phases, student)
@@ -159,6 +164,8 @@ class _Checker:
             for note in view_notes(phase.method):
                 self.note("method.views", note)
             self.objective(phase)
+            self.trial(phase, student, train)
+        self.composition(phases, train)
 
     # -- collecting --------------------------------------------------------------------------
 
@@ -245,8 +252,10 @@ class _Checker:
 
     # -- data --------------------------------------------------------------------------------
 
-    def data(self, phases: tuple[Phase, ...], student: ModelFacts | None) -> int:
-        """Look at every source; the longest prompt seen, in tokens."""
+    def data(
+        self, phases: tuple[Phase, ...], student: ModelFacts | None
+    ) -> tuple[int, _Sample | None]:
+        """Look at every source; the longest prompt seen, in tokens, and some to train on."""
         config = self.run.config
         responses = any(phase.method.states.data > 0 for phase in phases)
         train = self.source("data.prompts", config.data.prompts, student, responses)
@@ -260,7 +269,7 @@ class _Checker:
         if train and student and phases:
             self.contexts(train, phases, student)
         self.verifier(train, phases)
-        return max((sample.longest for sample in samples if sample), default=0)
+        return max((sample.longest for sample in samples if sample), default=0), train
 
     def source(
         self, where: str, text: str, student: ModelFacts | None, responses: bool
@@ -395,21 +404,7 @@ class _Checker:
                 self.note("sampler", f"in phase {phase.name}: {reason}")
 
     def objective(self, phase: Phase) -> None:
-        """What a composition does that its name does not say."""
-        for label, term in phase.method.objective.parts():
-            for place, bound in term.slots():
-                if place == "reward" and bound.short_name in reward.CACHED:
-                    self.note(
-                        "method.objective",
-                        f"{label}: {bound.short_name} is frozen at rollout time; with several "
-                        "updates per rollout the optimum is the token of the largest ratio, not "
-                        "the teacher. teacher_log_ratio is recomputed",
-                    )
-            if isinstance(term, Dense) and term.accept_collapse:
-                self.note(
-                    "method.objective",
-                    f"{label}: accept_collapse is set; expect the student to leave the support",
-                )
+        """Settings that leave an objective with nothing to do, or with too much."""
         config = self.run.config
         train, critic = config.train, config.critic
         learns = phase.method.objective.critic_term is not None
@@ -419,13 +414,6 @@ class _Checker:
                 f"{critic.warmup_steps} is no less than the {phase.steps} steps: only the critic "
                 "would learn; lower it",
             )
-        groups = "group" in phase.method.objective.field_names()
-        if groups and config.sampler.samples_per_prompt == 1:
-            self.note(
-                "sampler.samples_per_prompt",
-                "1: a formula compares the samples of a prompt, of which there is one, so it says "
-                "0 everywhere; set 4 or more",
-            )
         if phase.method.objective.is_off:
             self.note("method.objective", "every coefficient is 0: nothing is learned")
         if phase.name == "train" and train.anchor * train.learning_rate > 1:
@@ -434,6 +422,74 @@ class _Checker:
                 f"{train.anchor:g} times the learning rate {train.learning_rate:g} is more than "
                 "1: every step would jump beyond where it started; lower one of them",
             )
+
+    def trial(self, phase: Phase, student: ModelFacts | None, train: _Sample | None) -> None:
+        """Evaluate the objective once on a few random rows, so that what it refuses is known."""
+        try:
+            try_objective(
+                phase.method,
+                prompts=train.prompts.prompts if train else (),
+                vocab_size=student.hollow.vocab_size if student else None,
+            )
+        except OpdError as error:
+            self.error(self.key_of_formula(phase.method, str(error)), str(error))
+
+    def key_of_formula(self, method: Method, message: str) -> str:
+        """The key of the run file from which the formula that a message names is made."""
+        config = self.run.config.method
+        for key, bound in _keys_of_formulas(method):
+            if not message.startswith(f"{shown(bound)} "):
+                continue
+            if config.name == "custom":
+                return key
+            options = [option for option in config.options if option in dict(bound.knobs)]
+            return f"method.options.{options[0]}" if len(options) == 1 else "method.options"
+        return "method.objective"
+
+    def composition(self, phases: tuple[Phase, ...], train: _Sample | None) -> None:
+        """What the composition rules say of the run, and which of it is declared."""
+        declared = self.run.config.check.declared
+        used = set()
+        for phase in phases:
+            for remark in examine_composition(phase.method, self.facts(phase, train)):
+                used.add(remark.rule)
+                self.remark(remark, meant=remark.declared or remark.rule in declared)
+        for name in declared:
+            if phases and name not in used:
+                self.note("check.declared", f"{name!r} is declared, and this run does not do it")
+
+    def remark(self, remark: Remark, *, meant: bool) -> None:
+        """A finding of a composition rule."""
+        if remark.level == "allowed":
+            return
+        if remark.level == "must be declared" and meant:
+            self.note(remark.where, f"{remark.message} ({remark.rule}, declared)")
+            return
+        message = f"{remark.message} ({remark.rule}). Instead: {remark.way_out}"
+        if remark.level == "note":
+            self.note(remark.where, message)
+        elif remark.level == "refused":
+            self.error(remark.where, message)
+        else:
+            self.error(
+                remark.where,
+                f'{message}; or, if it is meant, check.declared = ["{remark.rule}"]',
+            )
+
+    def facts(self, phase: Phase, train: _Sample | None) -> RunFacts:
+        """What the composition rules read of a phase beside its method."""
+        sampler = self.run.config.sampler
+        prompts = train.prompts.prompts if train else ()
+        return RunFacts(
+            temperature=sampler.temperature,
+            top_p=sampler.top_p,
+            top_k=sampler.top_k,
+            samples_per_prompt=sampler.samples_per_prompt,
+            max_new_tokens=sampler.max_new_tokens,
+            updates_per_rollout=phase.updates_per_rollout,
+            steps=phase.steps,
+            longest_response=max((len(p.response_ids or ()) for p in prompts), default=0),
+        )
 
     def learning_rates(self, phases: tuple[Phase, ...], student: ModelFacts) -> None:
         lora = bool(self.run.config.student.lora.r)
@@ -500,6 +556,18 @@ class _Checker:
                 f"about {total / 1e9:.1f} GB are needed, and the device has "
                 f"{available / 1e9:.1f} GB; the table shows which knob helps",
             )
+
+
+def _keys_of_formulas(method: Method) -> Iterator[tuple[str, Bound]]:
+    """Every formula at either end of its schedules, with its key in a custom objective."""
+    for objective in method.objective.at_ends():
+        for number, (label, term) in enumerate(objective.labelled()):
+            for inside, part in parts(label, term):
+                source = "" if inside == label else ".source"
+                for place, bound in part.slots():
+                    slot, _, nth = place.partition(".")
+                    key = f"method.objective.terms[{number}]{source}.{slot}"
+                    yield (f"{key}[{nth}]" if nth else key), bound
 
 
 def _is_task(source: str) -> bool:

@@ -302,6 +302,18 @@ class LogConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class CheckConfig:
+    """What `opd check` need not ask about again.
+
+    Attributes:
+        declared: composition rules that this run breaks on purpose: names of `opd list rules` whose
+            level is `must be declared`.
+    """
+
+    declared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """A whole run.
 
@@ -328,6 +340,7 @@ class RunConfig:
     critic: CriticConfig = field(default_factory=CriticConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
     name: str = ""
     output: str = "runs"
     seed: Seed = 0
@@ -411,6 +424,7 @@ def from_tree(tree: Mapping[str, Any], *, source: str = "<python>") -> RunConfig
     except ValidationError as error:
         raise ConfigError(_readable(error, source)) from None
     check_names(config, source)
+    check_declared(config.check, source)
     lora, model = config.student.lora, config.student.model
     if lora.r and not lora.merge and model.startswith("builtin:"):
         raise ConfigError(
@@ -448,6 +462,26 @@ def check_names(config: RunConfig, source: str) -> None:
             raise ConfigError(
                 f"{source}: method.options.{option}: {method.name} has no option {option!r}. "
                 f"{nearest(option, known[method.name].knobs)}"
+            )
+
+
+def check_declared(config: CheckConfig, source: str) -> None:
+    """Refuse a declaration of a rule that does not exist, or of one that takes none."""
+    if not config.declared:
+        return
+    from opd.catalog import rules
+
+    levels = {name: rule.level for name, rule in rules().items()}
+    declarable = [name for name, level in levels.items() if level == "must be declared"]
+    for name in config.declared:
+        if name not in levels:
+            raise ConfigError(
+                f"{source}: check.declared: {name!r} is no rule. {nearest(name, declarable)}"
+            )
+        if name not in declarable:
+            raise ConfigError(
+                f"{source}: check.declared: {name!r} is a rule of level {levels[name]!r}, which "
+                "takes no declaration; leave it out"
             )
 
 
