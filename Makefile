@@ -31,11 +31,13 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# methods/index.json, which `opd list methods` reads, the recipes and the pages of the methods.
+# methods/index.json, which `opd list methods` reads, the recipes, the pages of methods and frameworks.
 index: setup
 	$(BIN)/python -m opd.methods.make_index
 	$(BIN)/python docs/make_method_recipes.py
 	$(BIN)/python docs/make_method_pages.py
+	$(BIN)/python docs/make_framework_page.py
+	$(BIN)/python docs/make_audit_page.py
 
 # Rebuild the embedded teachers from nothing.
 teachers: setup

@@ -96,60 +96,6 @@ ROWS: tuple[tuple[str, str], ...] = (
 )
 """The published methods by name, and what stands for each."""
 
-FRAMEWORKS: tuple[tuple[str, str, str], ...] = (
-    (
-        "TRL 1.16 `DistillationTrainer`",
-        "generalised Jensen-Shannon, at its default the reverse KL, whole vocabulary",
-        "reverse_kl_opd",
-    ),
-    ("TRL `GKDTrainer`", "Jensen-Shannon at 1/2, half of the text the student's", "gkd"),
-    (
-        "TRL asynchronous distillation",
-        "forward KL on the teacher's top 8 and a bucket",
-        "custom: `forward_kl`, `teacher_top_k`, `bucket`",
-    ),
-    ("TRL SDFT", "Jensen-Shannon on the student's top 100, renormalised", "sdft"),
-    ("TRL SDPO", "log-ratio to the averaged self, sampled", "sdpo_sampled"),
-    ("TRL IW-OPD", "log-ratio with weights by drift", "iw_opd"),
-    (
-        "verl, default",
-        "k3 of the sampled token, differentiated: the forward KL's gradient",
-        "k3_opd",
-    ),
-    ("verl, `k1` with a policy gradient", "log-ratio as an advantage", "sampled_token_opd"),
-    (
-        "verl, `forward_kl_topk`",
-        "forward KL summed over the teacher's top 128 as they are",
-        "raw_forward_top_k_opd",
-    ),
-    (
-        "NeMo-RL distillation",
-        "half a forward, half a reverse KL on the teacher's top 64, renormalised",
-        "both_ways_top_k_opd",
-    ),
-    (
-        "NeMo-RL MOPD",
-        "log-ratio, tokens gated by trainer against engine; its shipped recipe caps the ratio instead",
-        "nemotron_mopd",
-    ),
-    (
-        "ms-swift GKD",
-        "Jensen-Shannon at 1/2, whole vocabulary or the teacher's top 64 renormalised",
-        "gkd",
-    ),
-    ("slime", "log-ratio added to the advantage", "slime_opd"),
-    ("SDPO's own code", "Jensen-Shannon on the student's top 100 and a bucket", "sdpo"),
-    ("OPSD's own code", "forward KL, entries cut at 0.05", "opsd"),
-    ("LMOps OPCD", "reverse KL on the student's top 256 as they are", "opcd"),
-    ("thunlp/OPD", "the student's top 16 scored by their log-ratios", "candidates_opd"),
-    (
-        "tinker-cookbook, prime-rl, SkyRL, ROLL",
-        "log-ratio as an advantage, in a ratio",
-        "sampled_token_opd",
-    ),
-)
-"""What on-policy distillation is by default elsewhere, as read in their code in autumn 2026."""
-
 DISAGREEMENTS: tuple[tuple[str, str], ...] = (
     (
         "Which direction is called forward?",
@@ -221,10 +167,8 @@ the literature has several forms.
 
 ## What frameworks call on-policy distillation
 
-Defaults as read in their code in autumn 2026, and the nearest composition here: without the clamps that some add,
-and with the text that the method's own states name (`gkd` takes `student_share`).
-
-{frameworks}
+[A page of its own](frameworks.md) has the defaults of eleven frameworks, each as a run file, with what its gradient
+descends.
 
 ## Where the literature disagrees
 
@@ -288,9 +232,6 @@ def methods_page(rows: list[dict[str, object]]) -> str:
     matrix = ["| published as | here |", "|---|---|"]
     for name, here in ROWS:
         matrix.append(f"| {name} | {here if here.startswith('not here') else _names(here)} |")
-    frameworks = ["| framework | what it computes | here |", "|---|---|---|"]
-    for name, what, here in FRAMEWORKS:
-        frameworks.append(f"| {name} | {what} | {here if ':' in here else _names(here)} |")
     return INTRO.format(
         count=len(rows),
         distinct=len({row["composition_hash"] for row in rows}),
@@ -298,7 +239,6 @@ def methods_page(rows: list[dict[str, object]]) -> str:
         levels=said,
         table="\n".join(lines),
         rows="\n".join(matrix),
-        frameworks="\n".join(frameworks),
         disagreements="\n".join(f"- **{what}** {how}" for what, how in DISAGREEMENTS),
     )
 

@@ -1,9 +1,9 @@
-"""Train a few steps of every published method's recipe in this process, from one warm student.
+"""Train a few steps of every method's and framework's recipe in this process, from one student.
 
     python -m tests.e2e.every_method FOLDER
 
 Methods that stay at teacher = student are also given themselves as teacher. Writes
-`FOLDER/result.json`: what failed, by method, and the CPU-seconds of the whole process.
+`FOLDER/result.json`: what failed, by recipe, and the CPU-seconds of the whole process.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from opd import catalog, methods
 from opd.training.loop import train_run
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "methods"
+FRAMEWORKS = sorted((RECIPES.parent / "frameworks").glob("*.toml"))
 STEPS = 3
 SMALLEST_GRADIENT = {"": 1e-5, "gndpo": 1e-2}
 """In float32; where student and teacher differ it is 0.1 to 10. One method magnifies rounding."""
@@ -44,11 +45,11 @@ def warm_student(folder: Path) -> Path:
     return folder / "warm" / "model"
 
 
-def three_steps(name: str, student: Path, folder: Path) -> None:
+def three_steps(recipe: Path, student: Path, folder: Path, name: str) -> None:
     """Train; whatever goes wrong raises."""
     here = ["--student.model", str(student), "--output", str(folder), "--name", name]
-    run = opd.load(RECIPES / f"{name}.toml", [*SMALL, *here])
-    if run.config.method.name != name:
+    run = opd.load(recipe, [*SMALL, *here])
+    if recipe.parent == RECIPES and run.config.method.name != name:
         raise AssertionError(f"the recipe trains {run.config.method.name}")
     reports = train_run(run)
     steps = 0
@@ -93,16 +94,21 @@ def is_at_home(name: str) -> bool:
 
 
 def main(folder: Path) -> None:
-    """Every method in turn."""
+    """Every recipe in turn."""
     torch.set_num_threads(1)
     student, failures = warm_student(folder), {}
     for name in methods.__all__:
         try:
-            three_steps(name, student, folder)
+            three_steps(RECIPES / f"{name}.toml", student, folder, name)
             if is_at_home(name):
                 stays_at_its_teacher(name, student, folder)
         except Exception as error:  # every method is tried
             failures[name] = f"{type(error).__name__}: {error}"
+    for recipe in FRAMEWORKS:
+        try:
+            three_steps(recipe, student, folder, f"framework_{recipe.stem}")
+        except Exception as error:  # every framework is tried
+            failures[f"frameworks/{recipe.stem}"] = f"{type(error).__name__}: {error}"
     result = {"failures": failures, "cpu_seconds": time.process_time()}
     (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
 

@@ -526,7 +526,8 @@ def k3_opd() -> Method:
     Formula: code
     Stationary: teacher
     Settings: verl's defaults.
-    Departures: verl holds log-probabilities at -10 or above and losses within 10, silently.
+    Departures: verl holds r within 20 and the loss at 10 at most, without gradient there: its run
+        file is recipes/frameworks/verl.toml.
     Failure: exp(r) is heavy-tailed; what is called a reverse KL there follows the other direction.
     """
     return Method(
