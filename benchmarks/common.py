@@ -42,6 +42,7 @@ __all__ = [
     "parse_args",
     "parser",
     "print_table",
+    "provenance",
     "report",
     "write_json",
     "write_result",
@@ -249,15 +250,16 @@ def write_json(rows: Iterable[Row | Mapping[str, Any]], path: str | Path) -> Non
 
 def write_result(path: str | Path, rows: Iterable[Row | Mapping[str, Any]], command: str) -> None:
     """Writes rows that can be committed: with the command, the versions and the kind of machine."""
-    _write(
-        path,
-        {
-            "command": command,
-            "versions": _versions(),
-            "machine": {"cores": os.cpu_count(), "accelerator": _accelerator()},
-            "rows": [_plain(row) for row in rows],
-        },
-    )
+    _write(path, {**provenance(command), "rows": [_plain(row) for row in rows]})
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What a committed result says of where it is from: command, versions, kind of machine."""
+    return {
+        "command": command,
+        "versions": _versions(),
+        "machine": {"cores": os.cpu_count(), "accelerator": _accelerator()},
+    }
 
 
 def _plain(row: Row | Mapping[str, Any]) -> dict[str, Any]:
