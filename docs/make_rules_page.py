@@ -59,7 +59,7 @@ def page() -> str:
 def _entry(rule: catalog.Rule) -> str:
     paragraphs = [rule.says, rule.reason]
     if rule.level != "allowed":
-        paragraphs.append(f"*Instead:* {rule.way_out}.")
+        paragraphs.append(f"*Way out:* {rule.way_out}.")
     paragraphs.append(f"*Source:* {rule.source.removesuffix('.')}.")
     return "\n\n".join([f"### `{rule.name}`", *map(_wrapped, paragraphs)]) + "\n"
 

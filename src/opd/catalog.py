@@ -8,9 +8,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parent
 FORMULA_MODULES = (
@@ -55,7 +57,9 @@ class Entry:
     def section(self, title: str) -> str:
         """The text after `TITLE:` in the docstring, up to a blank line or the next title."""
         found = re.search(
-            rf"^{title}: (.*?)(?=\n\s*\n|\n[A-Z][a-z]+: |\Z)", self.docstring, re.M | re.S
+            rf"^{title}: (.*?)(?=\n\s*\n|\n[A-Z][a-z]+(?: [a-z]+)?: |\Z)",
+            self.docstring,
+            re.M | re.S,
         )
         return " ".join(found.group(1).split()) if found else ""
 
@@ -98,10 +102,10 @@ def rules() -> dict[str, Rule]:
     for entry in _functions(file, "opd.audit.rules"):
         if entry.name in exported:
             name = entry.name.replace("_", "-")
-            level, reason, remedy, source = map(
-                entry.section, ("Level", "Reason", "Remedy", "Source")
+            level, reason, way_out, source = map(
+                entry.section, ("Level", "Reason", "Way out", "Source")
             )
-            found[name] = Rule(name, entry.name, level, entry.summary, reason, remedy, source)
+            found[name] = Rule(name, entry.name, level, entry.summary, reason, way_out, source)
     return found
 
 
@@ -127,6 +131,23 @@ def formulas() -> dict[str, Entry]:
         for entry in _functions(file, f"opd.formula.{module}"):
             if entry.name in exported:
                 found[f"{module}.{entry.name}"] = entry
+    return found
+
+
+@cache
+def constants(file: str) -> dict[str, Any]:
+    """The constants of a module of the library that are written out, by name.
+
+    Args:
+        file: the module's, from the package's folder.
+    """
+    found = {}
+    for node in ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                with suppress(ValueError):  # what is computed is no constant
+                    found[ast.unparse(target)] = ast.literal_eval(node.value)
     return found
 
 

@@ -81,26 +81,45 @@ def _import_module(spec: str, name: str, base_folder: Path) -> ModuleType:
     try:
         if path is None:
             return importlib.import_module(_findable(spec, name, base_folder))
-        return _run_file(path, base_folder)
+        return _run_file(path, name, base_folder)
     except ConfigError:
         raise
-    except Exception as error:  # a user's file may raise anything
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise ConfigError(
             f"{spec}: {name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
 
 
-def _run_file(path: Path, base_folder: Path) -> ModuleType:
-    """Run a file of the run's folder as a module that cannot be taken for an installed one."""
-    unique = f"opd_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
-    found = importlib.util.spec_from_file_location(unique, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[unique] = module  # dataclasses and pickle look their module up there
+def _run_file(path: Path, name: str, base_folder: Path) -> ModuleType:
+    """Run a file of the run's folder as a module that cannot be taken for an installed one.
+
+    One of a package is run as a module of it, so that it may import its neighbours relatively.
+    """
     with _importable(base_folder):
+        unique = _in_package(name, base_folder) if "." in name else _unique(path)
+        found = importlib.util.spec_from_file_location(unique, path)
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules[unique] = module  # dataclasses and pickle look their module up there
         found.loader.exec_module(module)
     return module
+
+
+def _in_package(name: str, base_folder: Path) -> str:
+    """The name of a module in a package without a file, which stands for the folder."""
+    root = _unique(base_folder)
+    if root not in sys.modules:
+        folder = ModuleType(root)
+        folder.__path__ = [str(base_folder.resolve())]
+        sys.modules[root] = folder
+    unique = f"{root}.{name}"
+    importlib.import_module(unique.rpartition(".")[0])
+    return unique
+
+
+def _unique(path: Path) -> str:
+    return f"opd_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
 
 
 @contextmanager
@@ -127,6 +146,10 @@ def _findable(spec: str, name: str, base_folder: Path) -> str:
     except ModuleNotFoundError:  # a parent package is missing
         found = None
     if found is None:
+        if name.endswith(".py"):
+            raise ConfigError(
+                f"{spec}: a module is written without its ending: {spec.replace('.py:', ':', 1)}"
+            )
         neighbours = [path.stem for path in base_folder.glob("*.py")]
         raise ConfigError(
             f"{spec}: there is no module {name!r} in {base_folder} or on Python's path. "

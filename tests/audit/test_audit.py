@@ -12,10 +12,11 @@ from torch import Tensor
 from opd import Dense, Objective, Sampled, methods
 from opd.audit.adapters import ADAPTERS, adapt
 from opd.audit.card import card
-from opd.audit.findings import CAUTIONS, FAULTS, response
+from opd.audit.findings import CAUTIONS, FAULTS
 from opd.audit.loss import derivative
 from opd.audit.own import objective_loss
 from opd.audit.specimens import NOT_IN_A_LOSS, SPECIMENS, Specimen
+from opd.audit.subject import response
 from opd.audit.verdict import Verdict, audit_loss
 from opd.errors import ConfigError
 from opd.formula import credit, divergence, reward, support, surrogate
@@ -209,7 +210,7 @@ def test_text_by_another_policy_is_corrected_or_not() -> None:
     (check,) = [check for check in corrected.checks if check.name == "stale text"]
     assert check.message.startswith("corrected exactly")
     (check,) = [check for check in plain.checks if check.name == "stale text"]
-    assert check.message.startswith("not corrected exactly")
+    assert check.message == "it takes no old_logp"
 
 
 def test_supervised_losses_are_judged_on_the_teachers_text() -> None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import config
 
 from opd.audit.adapters import adapt
-from opd.audit.findings import response
+from opd.audit.subject import response
 from opd.audit.verdict import Verdict, audit_loss
 from opd.user_code import find_function
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd.audit.loss import Loss, Rows, factored, keywords, told_of
+from opd.audit.loss import Loss, Rows, factored, keywords, ordered, told_of
 from opd.errors import ConfigError, nearest
 
 __all__ = [
@@ -104,13 +104,19 @@ def known_options(name: str, options: Mapping[str, Any], valid: Mapping[str, Any
 # Bare functions
 
 
-def pair(function: Callable[..., Any], name: str, **options: Any) -> Loss:
-    """`f(student_logits [N, V], teacher_logits [N, U])` to anything per row, or one number."""
-    takes = keywords(function, name, options)
+def pair(
+    function: Callable[..., Any], name: str, *, teacher_first: bool = False, **options: Any
+) -> Loss:
+    """`f(student_logits [N, V], teacher_logits [N, U])` to anything per row, or one number.
+
+    Args:
+        teacher_first: whether the teacher's logits come first.
+    """
+    takes = keywords(function, name, options, ("logits", "logits"), teacher_first)
 
     def call(rows: Rows) -> Tensor:
-        result = function(rows.student, rows.teacher, **told_of(rows, takes), **options)
-        return number_of(result, rows)
+        both = ordered(rows.student, rows.teacher, teacher_first)
+        return number_of(function(*both, **told_of(rows, takes), **options), rows)
 
     return Loss(name, call, takes)
 
@@ -123,12 +129,11 @@ def logp(
     Args:
         teacher_first: whether the teacher's come first.
     """
-    takes = keywords(function, name, options) - {"temperature"}
+    takes = keywords(function, name, options, ("log-probs",) * 2, teacher_first) - {"temperature"}
 
     def call(rows: Rows) -> Tensor:
-        both = [logp_of(rows.student, rows.tokens), logp_of(rows.teacher, rows.tokens)]
-        if teacher_first:
-            both.reverse()
+        student, teacher = (logp_of(logits, rows.tokens) for logits in (rows.student, rows.teacher))
+        both = ordered(student, teacher, teacher_first)
         return number_of(function(*both, **told_of(rows, takes), **options), rows)
 
     return Loss(name, call, takes)

@@ -21,7 +21,8 @@ h1 { font-size: 1.3rem; margin: 0 0 .3rem } h2 { font-size: 1rem; margin: 2rem 0
 .verdict { padding: .8rem 1rem; border-left: .4rem solid #6b7280; background: #f4f5f7 }
 .holds { border-color: #15803d } .fails { border-color: #b91c1c }
 table { border-collapse: collapse; width: 100% }
-th { text-align: left; font-weight: 600; color: #555c66 }
+th:not(.number) { text-align: left }
+th { font-weight: 600; color: #555c66 }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e3e5e9; vertical-align: top }
 .number { text-align: right; font-variant-numeric: tabular-nums }
 .fault { color: #b91c1c; font-weight: 600 } .caution { color: #92400e; font-weight: 600 }
@@ -55,6 +56,7 @@ def card(verdict: Verdict) -> str:
         _table(
             ("", "cosine"),
             ((_text(words(text)), _number(value)) for text, value in verdict.cosines.items()),
+            numbers=("cosine",),
         ),
         "<h2>Checks</h2>",
         _table(
@@ -70,6 +72,7 @@ def card(verdict: Verdict) -> str:
                 )
                 for check in verdict.checks
             ),
+            numbers=("figures",),
         ),
         f'<p class="none">Audited in {verdict.seconds:.1f} CPU-seconds with opd.</p>',
     ]
@@ -119,9 +122,18 @@ def _picture(verdict: Verdict) -> str:
     )
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+def _table(
+    header: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: tuple[str, ...] = ()
+) -> str:
+    names = tuple(header)
+    css = [' class="number"' if name in numbers else "" for name in names]
+    head = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(names, css, strict=True))
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row, css, strict=True))
+        + "</tr>"
+        for row in rows
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -131,12 +143,12 @@ def _level(is_fault: bool) -> str:
 
 
 def _status(status: str) -> str:
-    css = {"ok": "ok", "found": "caution", "not applicable": "none"}[status]
+    css = {"ok": "ok", "noted": "caution", "found": "fault", "not applicable": "none"}[status]
     return f'<span class="{css}">{status}</span>'
 
 
 def _number(value: float) -> str:
-    return f'<span class="number">{"-" if math.isnan(value) else f"{value:.4g}"}</span>'
+    return "-" if math.isnan(value) else f"{value:.4g}"
 
 
 def _text(text: str) -> str:

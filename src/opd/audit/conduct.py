@@ -170,14 +170,19 @@ def foreign_tokens(method: Method, term: Term, *, weighed: bool = False) -> tupl
     return tuple(found)
 
 
-def is_on_policy(method: Method, run: RunFacts, term: Term) -> bool:
-    """Whether every token a term looks at is a free draw of the student of this very update."""
-    return (
-        method.states.student > 0
-        and not foreign_tokens(method, term)
-        and not sampler_differs(method, run)
-        and not is_stale(method, run)
-    )
+def draws_freely(method: Method, run: RunFacts, term: Term) -> bool:
+    """Whether what a term sees is, in expectation, free draws of the student, of now or lately.
+
+    Those of another temperature or of a replay with a ratio to whoever drew them; those of several
+    updates on one rollout without, of which the first sees none but its own.
+    """
+    own = method.states.student > 0 and not foreign_tokens(method, term)
+    weighed = weighs_by_student_over(term, "sampler_logp")
+    near = weighed or weighs_by_student_over(term, "old_logp")
+    cut_off = run.top_p < 1 or run.top_k > 0 or run.temperature == 0
+    if cut_off or (sampler_differs(method, run) and not weighed):
+        return False
+    return own and (not method.states.replay or near)
 
 
 def is_frozen(bound: Bound) -> bool:
@@ -246,20 +251,32 @@ def is_own_reward(bound: Bound) -> bool:
 def ignores_the_choice(method: Method, run: RunFacts, term: Sampled) -> bool:
     """Whether a term weighs the score of the student's own draws with numbers of the prefix alone.
 
-    Its expected gradient is then zero: the mean score at a prefix is. (With a mean over tokens, up
-    to what the number of tokens of the step has to do with the choice; a mean within a response
-    divides by a length that the choice decides.)
+    Its expected gradient is then zero: the mean score at a prefix is. With a mean over tokens, or
+    within a response, up to what the number of tokens has to do with the choice.
     """
     return (
-        is_on_policy(method, run, term)
+        draws_freely(method, run, term)
         and not term.outcome
         and is_own_reward(Bound.of(term.credit))
         and reads_the_prefix_alone(term, Bound.of(term.reward))
-        and all(reads_the_prefix_alone(term, Bound.of(weight)) for weight in term.weights)
+        and all(_weighs_the_prefix(term, Bound.of(weight)) for weight in term.weights)
         and not term.preserve_mass
-        and term.reduction != "sequence_mean"
         and Bound.of(term.surrogate).function is not surrogate.tail_residual
     )
+
+
+def _weighs_the_prefix(term: Sampled, bound: Bound) -> bool:
+    """Whether a weight is the prefix's, or a ratio, which makes draws the student's own."""
+    names = set(positional_names(bound.function))
+    is_ratio = names in ({"student_logp", "old_logp"}, {"student_logp", "sampler_logp"})
+    return is_ratio or reads_the_prefix_alone(term, bound)
+
+
+def is_blind_to_the_teacher(term: Term, bound: Bound) -> bool:
+    """Whether a weight is the prefix's, or at least reads nothing of the teacher."""
+    names = positional_names(bound.function)
+    of_students = all(name.startswith(("student_", "old_", "sampler_")) for name in names)
+    return bool(names) and (of_students or reads_the_prefix_alone(term, bound))
 
 
 # --------------------------------------------------------------------------------------------
@@ -320,6 +337,51 @@ def _slopes(bound: Bound, student: Tensor, *others: Tensor, place: int) -> Tenso
 
 _STUDENT = torch.tensor([-0.1, -0.7, -1.9, -4.0], dtype=torch.float64)
 _TEACHER = torch.tensor([-2.3, -0.2, -1.1, -0.6], dtype=torch.float64)
+
+
+RATIO = 14.0
+"""Log of the ratio at which a weight that has a bound has met it."""
+
+
+def unbounded_ratios(term: Term) -> Iterator[Bound]:
+    """The functions of a term whose weight, or slope, grows as student / writer does.
+
+    For a token that is to become likelier: PPO's clip bounds nothing else.
+    """
+    for place, bound in term.slots():
+        if place.startswith(("surrogate", "weights", "divergence", "penalty")):
+            sizes = [_sizes(end) for end in _at_both_ends(bound)]
+            if any(far > 1e3 * near > 0 for near, far in sizes):
+                yield bound
+
+
+def _sizes(bound: Bound) -> tuple[float, float]:
+    """Of the weight, or of the slope if it has one, at a log-ratio of 1 and at `RATIO`."""
+    names = positional_names(bound.function)
+    writers = {"old_logp", "sampler_logp"} & set(names)
+    known = {"student_logp", "teacher_logp", "old_logp", "sampler_logp", "advantage"}
+    if "student_logp" not in names or not writers or not set(names) <= known:
+        return 0.0, 0.0
+    student = torch.tensor([-0.5], dtype=torch.float64)
+    found = []
+    for log_ratio in (1.0, RATIO):
+        writer = student - log_ratio
+        given = {
+            "student_logp": student,
+            "teacher_logp": torch.tensor([-0.2], dtype=torch.float64),
+            "old_logp": writer,
+            "sampler_logp": writer,
+            "advantage": torch.ones_like(student),
+        }
+        place = names.index("student_logp")
+        others = [given[name] for name in names if name != "student_logp"]
+        size = _slopes(bound, student, *others, place=place)
+        if size is None:
+            size = _tried(bound, *(given[name] for name in names))
+        if size is None:
+            return 0.0, 0.0
+        found.append(float(size.abs().sum()))
+    return found[0], found[1]
 
 
 def drops_the_teacher(bound: Bound) -> bool:

@@ -24,7 +24,7 @@ from opd import catalog
 from opd.audit import conduct
 from opd.audit.conduct import RunFacts
 from opd.fields import FIELDS, positional_names
-from opd.formula import credit, divergence, outcome, reward, support, surrogate
+from opd.formula import credit, divergence, outcome, reward, support
 from opd.objective import Dense, Method, Regulariser, Routed, Sampled, Term
 from opd.types import Bound, TeacherView
 
@@ -72,11 +72,13 @@ class Breach:
         where: the key of the run file.
         message: what is done there.
         declared: the composition itself says that it is meant.
+        way_out: what to do instead here; the rule's own if empty.
     """
 
     where: str
     message: str
     declared: bool = False
+    way_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Remark:
     Attributes:
         rule: the rule's name, as in `opd list rules`.
         level: the rule's.
-        way_out: what to do instead.
+        way_out: what to do instead, the breach's or else the rule's.
         where, message, declared: the breach's.
     """
 
@@ -111,7 +113,7 @@ def examine(method: Method, run: RunFacts | None = None) -> tuple[Remark, ...]:
             cast("Level", rule.level),
             breach.where,
             breach.message,
-            rule.way_out,
+            breach.way_out or rule.way_out,
             breach.declared,
         )
         for name, rule in catalog.rules().items()
@@ -137,7 +139,7 @@ def stale_rewards(method: Method, run: RunFacts) -> Iterator[Breach]:
         + grad KL(student || old). The second part vanishes only at the first update. Over many the
         reward is linear in the student, and largest with all mass on the token of the largest
         teacher / old: a student that equals the teacher does not stay there.
-    Remedy: reward = "teacher_log_ratio", which recomputes the student's side before every update;
+    Way out: reward = "teacher_log_ratio", which recomputes the student's side before every update;
         the teacher's log-probabilities are kept either way
     Source: Table 10 and Eq. 24 of arXiv:2606.22793; arXiv:2606.24143 measures the harm.
     """
@@ -159,8 +161,8 @@ def stale_tokens(method: Method, run: RunFacts) -> Iterator[Breach]:
     Reason: The mean of reward times score is the wanted gradient over the present student's tokens
         only. Over those of older weights it needs the factor student / old; what remains then is
         that the prefixes are the older student's.
-    Remedy: surrogate "clipped", "importance" or "truncated_importance", or a divergence of whole
-        distributions, which asks nobody who drew the token
+    Way out: surrogate "clipped" or "truncated_importance"; in a dense term the weight
+        "update_ratio", or a divergence of whole distributions, which asks nobody who drew the token
     Source: Table 10 and section 4.3 of arXiv:2606.22793; arXiv:2606.24143.
     """
     if not conduct.is_stale(method, run):
@@ -187,6 +189,7 @@ def stale_tokens(method: Method, run: RunFacts) -> Iterator[Breach]:
                 if by_old
                 else "and no ratio weighs the tokens"
             ),
+            way_out=_weigh_by("sampler" if method.states.replay and observed else "old", term),
         )
 
 
@@ -198,8 +201,8 @@ def foreign_tokens(method: Method, run: RunFacts) -> Iterator[Breach]:
         divergence: it lacks the factor student / writer. Who wrote the data is not known at all,
         and tokens that were let stand are a selection. The likelihood of a text, reward "one",
         needs no factor.
-    Remedy: rows = "student", surrogate "truncated_importance" for text that a sampler wrote, or a
-        divergence of whole distributions
+    Way out: rows = "student"; for text that a sampler wrote surrogate "truncated_importance", in a
+        dense term the weight "importance"; or a divergence of whole distributions
     Source: section 4.3 of arXiv:2606.22793; the factor is importance sampling,
         doi:10.1198/106186008X320456.
     """
@@ -220,7 +223,7 @@ def ratio_to_data(method: Method, run: RunFacts) -> Iterator[Breach]:
     Level: must be declared
     Reason: There `sampler_logp` is 0, so the ratio to it is a probability of the token: rare tokens
         of the data are switched off, however right they are.
-    Remedy: rows = "student" for the term with the ratio, and a term of its own for rows = "data"
+    Way out: rows = "student" for the term with the ratio, and a term of its own for rows = "data"
     Source: `Rollout.sampler_logp`, 0 where a token was not sampled.
     """
     for label, term in conduct.terms(method):
@@ -237,8 +240,8 @@ def sampler_mismatch(method: Method, run: RunFacts) -> Iterator[Breach]:
         top_p, a top_k or the greedy choice are never drawn, so no factor brings them back, and the
         mean score of what is left is not zero: a constant added to the reward is no longer free. A
         divergence of whole distributions is only seen at other prefixes, which is a note.
-    Remedy: sampler.temperature equal to the objective's, top_p = 1 and top_k = 0; for another
-        temperature alone, surrogate "truncated_importance"
+    Way out: sampler.temperature equal to the objective's, top_p = 1 and top_k = 0; for another
+        temperature alone, surrogate "truncated_importance", in a dense term the weight "importance"
     Source: the mean score of Eq. 4 of arXiv:2606.22793; a rollout example of ROLL does this.
     """
     keys = conduct.sampler_differs(method, run)
@@ -257,21 +260,25 @@ def sampler_mismatch(method: Method, run: RunFacts) -> Iterator[Breach]:
 def unbounded_ratio(method: Method, run: RunFacts) -> Iterator[Breach]:
     """An importance ratio without a bound, once it can leave 1.
 
+    Of any function, a user's own too: the weight of a token whose ratio is e^14 is tried.
+
     Level: must be declared
     Reason: The ratio student / old has mean 1 and no largest value: its variance is the chi-squared
         divergence of the two, and one token can decide a step.
-    Remedy: surrogate "truncated_importance", "clipped" or "dual_clipped", each of which logs what
-        it holds back
+    Way out: surrogate "truncated_importance", "clipped" or "dual_clipped", each of which logs what
+        it holds back; in a dense term "reverse_kl_k2" with the weight "update_ratio", whose cap is
+        a bound, or a divergence of whole distributions
     Source: Ionides, doi:10.1198/106186008X320456; arXiv:1802.01561.
     """
     if not conduct.is_stale(method, run):
         return
     for label, term in conduct.terms(method):
-        used = {bound.function for _, bound in term.slots()}
-        if used & {surrogate.importance, divergence.corrected_k3}:
+        for bound in conduct.unbounded_ratios(term):
             yield Breach(
                 OBJECTIVE,
-                f"{label!r} multiplies by student / old as it is, and {_why_stale(method, run)}",
+                f"{label!r} multiplies by the ratio to whoever wrote as it is "
+                f"({bound.short_name}), and {_why_stale(method, run)}",
+                way_out=_bound_of(term),
             )
 
 
@@ -285,7 +292,7 @@ def top_k_without_tail(method: Method, run: RunFacts) -> Iterable[Breach]:
     Level: refused
     Reason: Renormalised, in a bucket or as they are, the same entries make three losses with three
         sets of stationary students. Refused where the term is made: `tail` has no default.
-    Remedy: tail = "bucket", "renormalise", "teacher_renormalise" or "truncate"
+    Way out: tail = "bucket", "renormalise", "teacher_renormalise" or "truncate"
     Source: Table 10 and Eqs. 29 to 31 of arXiv:2606.22793.
     """
     return UNMADE
@@ -299,7 +306,7 @@ def unnormalised_top_k_reverse_kl(method: Method, run: RunFacts) -> Iterator[Bre
         gradient of the student's mass there, so descent also pushes the student out of the support
         on which it is compared; an entry rises only if the teacher gives it e times the student's
         mass. Refused where the term is made, unless the term sets accept_collapse.
-    Remedy: "truncated_reverse_kl", tail = "bucket" or tail = "renormalise"; accept_collapse = true
+    Way out: "truncated_reverse_kl", tail = "bucket" or tail = "renormalise"; accept_collapse = true
         on the term is its declaration
     Source: arXiv:2605.11182, which saw the collapse.
     """
@@ -319,7 +326,7 @@ def coarse_comparison(method: Method, run: RunFacts) -> Iterator[Breach]:
     Reason: With the sampled token as support and the rest in a bucket, two numbers are compared on
         either side. Over tokens that the student draws the mean gradient is not that of the
         divergence on the vocabulary whose name the term bears, in size or in direction.
-    Remedy: a support of the k likeliest with tail = "bucket"; from the chosen token alone,
+    Way out: a support of the k likeliest with tail = "bucket"; from the chosen token alone,
         "reverse_kl_k2", or a sampled term with reward "teacher_log_ratio"
     Source: Table 11 of arXiv:2606.22793 (the sampled token); TRL's served teacher at beta = 1.
     """
@@ -339,7 +346,7 @@ def one_entry_comparison(method: Method, run: RunFacts) -> Iterator[Breach]:
 
     Level: refused
     Reason: Both sides are then 1 on that entry: the term is 0 with gradient 0, whatever the models.
-    Remedy: a larger k, or tail = "bucket"
+    Way out: a larger k, or tail = "bucket"
     Source: the restricted-student convention of Eqs. 29 and 30 of arXiv:2606.22793 at k = 1.
     """
     for label, term in conduct.terms(method):
@@ -371,7 +378,7 @@ def top_k_as_baseline(method: Method, run: RunFacts) -> Iterator[Breach]:
     Level: allowed
     Reason: A baseline depends on the prefix alone and its mean score is zero, so any number will
         do: the expected gradient is unchanged, unlike where the support becomes the loss.
-    Remedy: none is needed
+    Way out: none is needed
     Source: vOPD, arXiv:2605.07865; Eqs. 8 and 20 of arXiv:2606.22793.
     """
     for label, term in conduct.sampled_terms(method):
@@ -387,7 +394,7 @@ def top_k_with_outcome_gate(method: Method, run: RunFacts) -> Iterator[Breach]:
     Level: allowed
     Reason: The gate is detached and chooses responses; what the loss descends on each of them stays
         what its tail rule says.
-    Remedy: none is needed
+    Way out: none is needed
     Source: Table 10 of arXiv:2606.22793.
     """
     for label, term in conduct.dense_terms(method):
@@ -406,9 +413,11 @@ def distribution_as_reward(method: Method, run: RunFacts) -> Iterator[Breach]:
     Level: refused
     Reason: It is settled before the token is drawn, so it is the same for every token that could
         have been. Weighing the score with it gives a mean gradient of zero: nothing is taught and
-        noise is added. As a reward of later prefixes, or as a baseline, the same number is right.
-    Remedy: a dense term with that divergence, reward "teacher_log_ratio", or credit that leaves the
-        token's own reward out, such as "future"
+        noise is added. Further updates on the same text, behind a ratio or not, teach no more: the
+        ratio makes the mean that of the student's own tokens. As a reward of later prefixes, or as
+        a baseline, the same number is right.
+    Way out: a dense term with that divergence, reward "teacher_log_ratio", or credit that leaves
+        the token's own reward out, such as "future"
     Source: Table 10 of arXiv:2606.22793; verl warns of it, miles issue 2362.
     """
     for label, term in conduct.sampled_terms(method):
@@ -428,12 +437,15 @@ def constant_advantage(method: Method, run: RunFacts) -> Iterator[Breach]:
     Reason: The mean score of the student's own tokens is zero, so a number that does not depend on
         the token has a mean gradient of zero; standardised over the step, or less the mean of the
         others, equal numbers are 0 outright. A price on tokens acts through credit that sums.
-    Remedy: credit = "return_to_go" for a cost; rows = "data" or a gate for the likelihood of a text
+    Way out: credit = "return_to_go" for a cost; rows = "data" or a gate for the likelihood of a
+        text
     Source: the mean score of Eq. 4, and Eqs. 8 and 20, of arXiv:2606.22793.
     """
     for label, term in conduct.sampled_terms(method):
         bound = Bound.of(term.reward)
-        if not _of_the_models(bound) and conduct.ignores_the_choice(method, run, term):
+        by_length = term.reduction == "sequence_mean"  # which the choice decides
+        ignores = not by_length and conduct.ignores_the_choice(method, run, term)
+        if not _of_the_models(bound) and ignores:
             yield Breach(
                 OBJECTIVE,
                 f"{label!r} pays {bound.short_name} for every token that the student draws, with "
@@ -454,22 +466,18 @@ def k1_back_propagated(method: Method, run: RunFacts) -> Iterator[Breach]:
     """The log-ratio of the drawn token as a loss, differentiated.
 
     Level: refused
-    Reason: The derivative of log student - log teacher is the score, and the teacher is not in it.
-        Its mean over the student's own tokens is zero. The value is unbiased for the reverse KL,
-        which is why it looks right in a plot.
-    Remedy: "reverse_kl_k2", whose gradient is that of the reverse KL, or a sampled term with reward
-        "teacher_log_ratio"
+    Reason: The derivative of log student - log teacher is the score, and the teacher is not in it,
+        whoever drew the token and however the loss is averaged. Its mean over the student's own
+        tokens is zero; over those of another it makes them unlikelier. The value is unbiased for
+        the reverse KL, which is why it looks right in a plot.
+    Way out: "reverse_kl_k2", whose gradient is that of the reverse KL, or a sampled term with
+        reward "teacher_log_ratio"
     Source: section 4.2 of arXiv:2606.22793 with the score identity; AReaL's joint loss, EasyOPD.
     """
     for label, term in conduct.dense_terms(method):
         bound = Bound.of(term.divergence)
-        if (
-            conduct.is_on_policy(method, run, term)
-            and all(conduct.reads_the_prefix_alone(term, Bound.of(w)) for w in term.weights)
-            and not term.preserve_mass
-            and term.reduction != "sequence_mean"
-            and conduct.drops_the_teacher(bound)
-        ):
+        blind = all(conduct.is_blind_to_the_teacher(term, Bound.of(w)) for w in term.weights)
+        if blind and not term.preserve_mass and conduct.drops_the_teacher(bound):
             yield Breach(
                 OBJECTIVE,
                 f"{label!r} differentiates {bound.name}, whose slope is one number whatever the "
@@ -485,7 +493,7 @@ def k3_as_reward(method: Method, run: RunFacts) -> Iterator[Breach]:
         it is a value. The policy gradient of -(exp(r) - 1 - r) is that of no divergence between the
         two: it pays for neither side of a disagreement. As a reward of later tokens only its mean
         counts, which is the reverse KL's.
-    Remedy: reward = "teacher_log_ratio"; or k3 with credit = "future" beside a dense reverse KL
+    Way out: reward = "teacher_log_ratio"; or k3 with credit = "future" beside a dense reverse KL
     Source: the rule A = -(g - u g') of OPD+, arXiv:2606.01039; section 4.2 of arXiv:2606.22793.
     """
     for label, term in conduct.sampled_terms(method):
@@ -502,7 +510,7 @@ def clamped_loss(method: Method, run: RunFacts) -> Iterator[Breach]:
     Level: must be declared
     Reason: A bound on the value is no bound on the gradient: beyond it the gradient is zero, so
         what the student lacks most is not taught, and what it has learnt to lack stays so.
-    Remedy: a divergence that is bounded by itself, such as "generalized_jsd" or "skew_forward_kl",
+    Way out: a divergence that is bounded by itself, such as "generalized_jsd" or "skew_forward_kl",
         or train.clip_norm
     Source: OPSD, arXiv:2601.18734, for a cap by entry; verl issues 7855 and 7856 for clamps of the
         sum.
@@ -525,7 +533,7 @@ def route_without_alternatives(method: Method, run: RunFacts) -> Iterator[Breach
         normalised scores single tokens and is refused where the method is made; a teacher that
         cannot answer for the support, where the run opens; on the chosen token alone there is
         nobody else.
-    Remedy: support = "routing_support", or a view that is a distribution
+    Way out: support = "routing_support", or a view that is a distribution
     Source: Table 10 and Eqs. 31 to 36 of arXiv:2606.22793.
     """
     for label, term in method.objective.parts():
@@ -539,7 +547,7 @@ def baseline_with_routing(method: Method, run: RunFacts) -> Iterator[Breach]:
     Level: allowed
     Reason: The one says how much, the other where to. Which advantages are negative depends on the
         baseline, so say both.
-    Remedy: none is needed
+    Way out: none is needed
     Source: Table 10 and section 4.5 of arXiv:2606.22793.
     """
     for label, term in method.objective.parts():
@@ -559,7 +567,7 @@ def discount_without_meaning(method: Method, run: RunFacts) -> Iterable[Breach]:
         is optimised. Only a task's own discount and a fading trust in the teacher name an
         objective. Refused by `discounted`, `bounded_return` and, below gamma = 1, `gae`, which take
         a meaning.
-    Remedy: meaning = "task", "teacher_reliability" or "variance_heuristic"
+    Way out: meaning = "task", "teacher_reliability" or "variance_heuristic"
     Source: Table 10, Eqs. 18 and 19 and section 4.5 of arXiv:2606.22793.
     """
     return UNMADE
@@ -572,7 +580,7 @@ def truncated_returns(method: Method, run: RunFacts) -> Iterator[Breach]:
     Reason: A sum that stops at the limit is unbiased for the divergence of the first tokens, not of
         the response: what a token leads to beyond the limit costs nothing, so a response that never
         ends looks better than it is.
-    Remedy: credit = "gae", which stands for the rest with the critic's value, a limit above the
+    Way out: credit = "gae", which stands for the rest with the critic's value, a limit above the
         longest response, or credit that names its reach, such as "windowed"
     Source: Eq. 15 of arXiv:2606.22793, whose sum runs to the end; the bootstrap of
         arXiv:1506.02438.
@@ -604,7 +612,7 @@ def partial_divergence_in_returns(method: Method, run: RunFacts) -> Iterator[Bre
     Reason: The mean of the log-ratio is minus the reverse KL over the whole vocabulary. On a
         support the sum lacks what the support hides, at every later prefix: with a bucket it is the
         student's tail mass times the divergence within the tail.
-    Remedy: leave the support out, or return_to_go with the log-ratio itself
+    Way out: leave the support out, or return_to_go with the log-ratio itself
     Source: Eq. 7 of arXiv:2606.22793 and the chain rule of the KL.
     """
     for label, term in conduct.sampled_terms(method):
@@ -625,8 +633,8 @@ def unlocalised_verdict(method: Method, run: RunFacts) -> Iterator[Breach]:
     Reason: The verdict is paid at the last token. Credit that hands a token its own reward, or
         replaces later rewards by expected log-ratios, leaves it there: one token, most often the
         end token, answers for the response.
-    Remedy: credit = "return_to_go", or the verdict on every token, such as reward "group_advantage"
-        or outcome "add_group_advantage"
+    Way out: credit = "return_to_go", or the verdict on every token, such as reward
+        "group_advantage" or outcome "add_group_advantage"
     Source: Table 10 of arXiv:2606.22793: a global verifier score without localisation.
     """
     for label, term in conduct.sampled_terms(method):
@@ -648,7 +656,7 @@ def summed_returns(method: Method, run: RunFacts) -> Iterator[Breach]:
     Reason: "group_advantage" and "group_deviation" stand on every token already. Summed to the end,
         a token gets them once for every token that follows: early tokens and long responses weigh
         more, and the sum is unbiased for nothing.
-    Remedy: credit = "immediate"
+    Way out: credit = "immediate"
     Source: GRPO, section 4.1.2 of arXiv:2402.03300, where the advantage is the token's.
     """
     for label, term in conduct.sampled_terms(method):
@@ -667,7 +675,7 @@ def group_of_one(method: Method, run: RunFacts) -> Iterator[Breach]:
     Level: must be declared
     Reason: A deviation from the mean of one is 0, and so is a rate of one sample times its
         complement: the term, or its outcome, says nothing anywhere.
-    Remedy: sampler.samples_per_prompt of 4 or more
+    Way out: sampler.samples_per_prompt of 4 or more
     Source: GRPO, section 4.1.2 of arXiv:2402.03300; `group_advantage`, 0 for a group of one.
     """
     if run.samples_per_prompt > 1:
@@ -694,7 +702,7 @@ def conflicting_teachers(method: Method, run: RunFacts) -> Iterator[Breach]:
     Reason: A sum of reverse KLs has one minimiser, the normalised geometric mean of the teachers; a
         sum of forward KLs, their mixture. Where they disagree the one prefers what none forbids,
         which none may want, and the other wavers between them; a weak teacher is averaged away.
-    Remedy: a gate on each term that says which teacher counts where, or terms on different rows
+    Way out: a gate on each term that says which teacher counts where, or terms on different rows
     Source: Table 10 and Table 6 (multi-teacher conflict) of arXiv:2606.22793; arXiv:2605.01347.
     """
     for view in method.views:
@@ -722,7 +730,7 @@ def gated_teachers_with_reference(method: Method, run: RunFacts) -> Iterator[Bre
     Level: allowed
     Reason: A row follows the teacher that its gates let through; the reference holds all of them to
         one student.
-    Remedy: none is needed
+    Way out: none is needed
     Source: Table 10 of arXiv:2606.22793.
     """
     gated = {
@@ -741,7 +749,7 @@ def doubled_reference(method: Method, run: RunFacts) -> Iterator[Breach]:
         to it are one and the same in expectation, so as reward and as loss the coefficients add up.
         A reference inside a combination pulls too: KL(student || t^a r^b / Z) is a KL(student || t)
         + b KL(student || r) and a constant, where a + b = 1.
-    Remedy: one term against "reference", with the sum of the coefficients
+    Way out: one term against "reference", with the sum of the coefficients
     Source: Eqs. 6 and 7 of arXiv:2606.22793; the regulariser of its Table 3.
     """
     pulls = [
@@ -764,8 +772,8 @@ def average_out_of_range(method: Method, run: RunFacts) -> Iterator[Breach]:
     Reason: After n updates decay^n of the average is still the student at step 0. Above 0.95 at the
         end of the run it is that student; with a decay below 1/2 it is mostly the last update's, as
         where the rate 1 - decay was given in place of the decay. Both limits are ours.
-    Remedy: a decay of about 1 - 5 / (steps * updates_per_rollout); for a teacher that stands still,
-        source = "initial_student"
+    Way out: a decay of about 1 - 5 / (steps * updates_per_rollout); for a teacher that stands
+        still, source = "initial_student"
     Source: TRL issues 4935 and 5862, an inverted rate and one twelve times too large.
     """
     read = method.objective.views()
@@ -795,7 +803,7 @@ def vanishing_divergence(method: Method, run: RunFacts) -> Iterator[Breach]:
     Reason: The divergence is about w times the forward KL near w = 0, and 1 - w times the reverse
         KL near 1: the learning rate is in effect that much smaller, and a sweep over w compares
         learning rates. Below 0.05 is ours.
-    Remedy: coef = 1 / w or 1 / (1 - w), or "forward_kl" and "reverse_kl" themselves
+    Way out: coef = 1 / w or 1 / (1 - w), or "forward_kl" and "reverse_kl" themselves
     Source: the limits in section 3 of arXiv:2306.13649; TRL's beta jumps at its ends.
     """
     named = (divergence.generalized_jsd, reward.generalized_jsd_reward)
@@ -842,6 +850,33 @@ def _draws(method: Method, rows: tuple[str, ...]) -> Iterator[tuple[str, Term]]:
     for label, term in conduct.terms(method):
         if conduct.is_mean_over_draws(term) and term.rows in rows:
             yield label, term
+
+
+OF_WHOLE_DISTRIBUTIONS = (
+    "or a divergence of whole distributions, which asks nobody who drew the token"
+)
+
+
+def _weigh_by(whom: str, term: Term) -> str:
+    """How this kind of term weighs its tokens by their ratio to `old` or to the `sampler`."""
+    if isinstance(term, Sampled):
+        by_old = 'surrogate "clipped" or "truncated_importance"'
+        return f"{by_old if whom == 'old' else TRUNCATED}, {OF_WHOLE_DISTRIBUTIONS}"
+    weight = "update_ratio" if whom == "old" else "importance"
+    return f'the weight "{weight}", whose cap is a bound, {OF_WHOLE_DISTRIBUTIONS}'
+
+
+TRUNCATED = 'surrogate "truncated_importance"'
+
+
+def _bound_of(term: Term) -> str:
+    """How this kind of term bounds its ratio; the rule's own words for sampled terms."""
+    if isinstance(term, Sampled):
+        return ""
+    return (
+        'a divergence without a ratio of its own, such as "reverse_kl_k2", with the weight '
+        f'"update_ratio", whose cap is a bound, {OF_WHOLE_DISTRIBUTIONS}'
+    )
 
 
 def _why_stale(method: Method, run: RunFacts) -> str:

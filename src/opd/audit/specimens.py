@@ -34,6 +34,7 @@ Finding = Literal[
     "mean-of-means",
     "missing-scores",
     "no-teacher-gradient",
+    "not-a-number",
     "not-finite",
     "not-stationary",
     "off-by-one",
@@ -1275,7 +1276,7 @@ SPECIMENS: tuple[Specimen, ...] = (
         "rows",
         "reverse_kl",
         "gamma^t in place of gamma^(i - t): TRL's MiniLLM, #6626",
-        ("not-finite",),
+        ("not-a-number",),
     ),
     Specimen(
         "missing_score_read_as_certain",

@@ -31,6 +31,7 @@ from opd.formula import divergence
 
 __all__ = [
     "CLAIMS",
+    "CLAIM_FORMS",
     "Claim",
     "Match",
     "claim_of",
@@ -65,6 +66,21 @@ FAMILIES: dict[str, tuple[str, Callable[..., Tensor], tuple[float, float]]] = {
 """Divergences with a parameter: its name in `opd.formula.divergence`, and where to look for it."""
 
 CLAIMS = (*PLAIN, *FAMILIES, SEQUENCE, NO_CLAIM)
+
+CLAIM_FORMS = {
+    "forward_kl": "KL(teacher || student) at every prefix",
+    "reverse_kl": "KL(student || teacher)",
+    "jsd[:WEIGHT]": "generalised Jensen-Shannon, WEIGHT on the teacher; 0.5 without one",
+    "skew_forward_kl:SHARE": "forward KL to the student mixed with SHARE of the teacher",
+    "skew_reverse_kl:SHARE": "reverse KL to the teacher mixed with SHARE of the student",
+    "alpha:ALPHA": "Amari's alpha divergence",
+    "power:POWER": "power divergence",
+    "squared_hellinger": "squared Hellinger distance",
+    "total_variation": "total variation",
+    "sequence_reverse_kl": "reverse KL of whole responses",
+    "none": "no divergence: that there is no fault",
+}
+"""How a claim is written, for people. Constants alone: `opd audit --help` reads them here."""
 
 IN_WORDS = {
     "forward_kl": "forward KL",
@@ -114,7 +130,10 @@ def claim_of(text: str) -> Claim:
     """
     name, _, number = text.partition(":")
     if name not in CLAIMS:
-        raise ConfigError(f"there is no claim {text!r}. {nearest(name, CLAIMS)}")
+        hint = nearest(name, CLAIMS)
+        hint = f"{hint} " if hint.startswith("Did") else ""
+        written = ", ".join(CLAIM_FORMS)
+        raise ConfigError(f"there is no claim {text!r}. {hint}Claims are {written}")
     if name not in FAMILIES:
         if number:
             raise ConfigError(f"the claim {name!r} takes no parameter, got {text!r}")
@@ -235,20 +254,25 @@ def _fitted(gradient: Table, name: str, low: float, high: float) -> Match:
         text = f"{name}:{number:.6g}"
         return match(gradient, _family_gradient(name, number), text)
 
+    def allowed(number: float) -> bool:
+        """Inside, and not where a family has a limit of another name."""
+        return low < number < high and f"{number:.6g}" not in ("0", "1")
+
     inside = [low + (high - low) * (n + 0.5) / 20 for n in range(20)]
     step = (high - low) / 20
     best = min(inside, key=lambda number: at(number).residual)
     while step > 1e-9:
         around = [best + step * n / 4 for n in range(-4, 5)]
-        allowed = [number for number in around if low < number < high and number not in (0.0, 1.0)]
-        best = min(allowed, key=lambda number: at(number).residual)
+        best = min(filter(allowed, around), key=lambda number: at(number).residual)
         step /= 4
         if step > 0.1 * (high - low) / 20:
             continue
         if at(best).residual > 1e-2:  # nothing of this family is near
             break
-    rounded = at(round(best, 4)) if low < round(best, 4) < high else at(best)
-    return rounded if rounded.residual <= 1e-6 else at(best)
+    rounded = round(best, 4)
+    if allowed(rounded) and at(rounded).residual <= 1e-6:
+        return at(rounded)
+    return at(best)
 
 
 @lru_cache(maxsize=4096)
@@ -422,17 +446,23 @@ def _hard(student: Tensor, teacher: Tensor) -> Tensor:
 # Credit along a response
 
 
-def credit_weights(gradient: Table, world: World) -> tuple[Float[Tensor, "T T"], float]:
+def credit_weights(
+    gradient: Table, world: World, *, live: bool = False
+) -> tuple[Float[Tensor, "T T"], float]:
     """How much a token is credited for the log-ratio of each token from it on.
 
         gradient = -sum over t, k >= t of w(t, k) * E[r_k * grad log student(y_t)]
+
+    Args:
+        live: of log-ratios that carry a gradient, which adds w(t, t) times that of minus the
+            entropy: of the later ones the mean score at their own prefix is zero.
 
     Returns:
         w, zero where k < t, and the length of what no w explains over the gradient's.
     """
     horizon = world.horizon
     pairs = [(t, k) for t in range(horizon) for k in range(t, horizon)]
-    basis = torch.stack([_credited(world, t, k).flatten() for t, k in pairs], 1)
+    basis = torch.stack([_credited(world, t, k, live).flatten() for t, k in pairs], 1)
     target = gradient.flatten()[:, None]
     solution = torch.linalg.lstsq(basis, target, driver="gelsd").solution
     left = float((target - basis @ solution).norm() / target.norm())
@@ -442,7 +472,7 @@ def credit_weights(gradient: Table, world: World) -> tuple[Float[Tensor, "T T"],
     return weights, left
 
 
-def _credited(world: World, t: int, k: int) -> Table:
+def _credited(world: World, t: int, k: int, live: bool) -> Table:
     """-E[r_k grad log student(y_t)] on a tree, each row of which has one time."""
     student = world.student_logits.clone().requires_grad_()
     logp, teacher = student.log_softmax(-1), world.views["teacher"].log_softmax(-1)
@@ -455,7 +485,10 @@ def _credited(world: World, t: int, k: int) -> Table:
         at = torch.where(world.next_state < 0, 0.0, expected[world.next_state.clamp(min=0)])
         later = torch.where((depth == level)[:, None], at, later)
     reached = _reach(world, held)
-    chosen = (depth == t)[:, None] * reached[:, None] * held.exp() * later
+    here = (depth == t)[:, None] * reached[:, None]
+    chosen = here * held.exp() * later
+    if live and k == t:
+        chosen = chosen - here * held.exp() * held
     return torch.autograd.grad(-(chosen * logp).sum(), student)[0]
 
 

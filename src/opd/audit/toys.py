@@ -11,22 +11,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opd.audit.loss import Loss, Rows, derivative
+from opd.audit.loss import Loss, Rows, Writer, derivatives
 from opd.audit.worlds import World, random_tree
 
 __all__ = [
     "ORDINARY",
     "ORDINARY_ROWS",
     "REGIMES",
+    "SURER_ROWS",
     "Expected",
     "Toy",
-    "Writer",
     "expected",
     "of_tree",
     "rows_of",
@@ -37,9 +37,6 @@ VOCABULARY = 8
 STATES = 6
 HORIZON = 3
 TREE_VOCABULARY = 4
-
-Writer = Literal["student", "teacher"]
-"""Who wrote the tokens: whose probabilities weigh them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +103,7 @@ def expected(
         rows = replace(rows, old_logp=weights.log().flatten().to(loss.dtype))
     places = torch.arange(len(rows.tokens))
     each = [places] if batched else list(places[:, None])
-    found = [derivative(loss, rows.at(some)) for some in each]
+    found = derivatives(loss, [rows.at(some) for some in each])
     pieces = torch.cat([one.student for one in found]).double()
     pieces = pieces.view(states, vocabulary, vocabulary)
     value = torch.cat([one.value.double().flatten() for one in found])
@@ -169,11 +166,12 @@ def _over_covered() -> Toy:
 
 ORDINARY = _ordinary()
 ORDINARY_ROWS = "ordinary rows"
+SURER_ROWS = "rows where the student is surer than its teacher"
 REGIMES = {
     ORDINARY_ROWS: ORDINARY,
     "rows where the teacher nearly excludes what the student writes": _under_covered(),
     "rows where the student nearly excludes what the teacher prefers": _far(),
-    "rows where the student is surer than its teacher": _over_covered(),
+    SURER_ROWS: _over_covered(),
 }
 """Where a loss is summed; clamps and thresholds hide in all but the first."""
 
@@ -204,11 +202,13 @@ def of_tree(loss: Loss, world: World) -> OfTree:
     total = torch.zeros_like(world.student_logits)
     size = total.new_zeros(len(total))
     logp = world.student_logits.log_softmax(-1)
-    for states, rows in _responses(world, loss.dtype):
+    called = list(_responses(world, loss.dtype))
+    found = derivatives(loss, [rows for _, rows in called])
+    for (states, rows), one in zip(called, found, strict=True):
         probability = logp[states, rows.tokens].sum().exp()
-        found = derivative(loss, rows).student.double()
-        total.index_add_(0, states, probability * found)
-        size.index_add_(0, states, probability * found.norm(dim=-1))
+        pieces = one.student.double()
+        total.index_add_(0, states, probability * pieces)
+        size.index_add_(0, states, probability * pieces.norm(dim=-1))
     return OfTree(total, size)
 
 

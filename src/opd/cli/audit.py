@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import ast
+import sys
 from argparse import Namespace
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from opd.audit.verdict import Verdict, audit_loss
 from opd.cli.output import console, number, print_json, table
 from opd.errors import ConfigError
 from opd.user_code import find_function, is_user_code
 
 if TYPE_CHECKING:
     from opd.audit.loss import Loss
-    from opd.audit.verdict import Verdict
 
 HOLDS, DOES_NOT_HOLD = 0, 1
 """Exit codes; 2, could not run, is every command's for a mistake the user can mend."""
@@ -33,32 +35,39 @@ def main(arguments: Namespace) -> int:
         )
     if arguments.card and len(arguments.targets) != 1:
         raise ConfigError("--card is one page about one loss; audit one at a time")
-    if arguments.written_by not in ("student", "teacher"):
+    if arguments.written_by not in (None, "student", "teacher"):
         raise ConfigError(f"--written-by is 'student' or 'teacher', got {arguments.written_by!r}")
     options = dict(_option(text) for text in arguments.set)
-    verdicts = [_audit(target, arguments, options) for target in arguments.targets]
-    if arguments.card:
+    found = {target: _tried(target, arguments, options) for target in arguments.targets}
+    verdicts = [verdict for verdict in found.values() if isinstance(verdict, Verdict)]
+    if arguments.card and verdicts:
         from opd.audit.card import card
 
         Path(arguments.card).write_text(card(verdicts[-1]), encoding="utf-8")
     if arguments.json:
-        print_json([as_row(verdict) for verdict in verdicts])
+        print_json([as_row(target, verdict) for target, verdict in found.items()])
     else:
         for verdict in verdicts:
-            _print(verdict, brief=len(verdicts) > 1)
-        if arguments.card:
+            _print(verdict, brief=len(found) > 1)
+        if arguments.card and verdicts:
             print(f"card: {arguments.card}")
+    refused = [error for error in found.values() if isinstance(error, ConfigError)]
+    if refused:
+        raise ConfigError("\nerror: ".join(map(str, refused)))
     return DOES_NOT_HOLD if any(verdict.holds is False for verdict in verdicts) else HOLDS
 
 
-def as_row(verdict: Verdict) -> dict[str, Any]:
-    """A verdict for programs."""
+def as_row(target: str, verdict: Verdict | ConfigError) -> dict[str, Any]:
+    """A verdict for programs, or why there is none."""
+    if isinstance(verdict, ConfigError):
+        return {"name": target, "error": str(verdict)}
     return {
         "name": verdict.name,
         "claim": verdict.claim,
         "holds": verdict.holds,
         "descends": verdict.descends,
         "verdict": verdict.sentence,
+        "settings": list(verdict.settings),
         "cosine": verdict.match.cosine if verdict.match else None,
         "factor": verdict.match.scale if verdict.match else None,
         "cosines": dict(verdict.cosines),
@@ -79,20 +88,41 @@ def as_row(verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def _tried(target: str, arguments: Namespace, options: dict[str, Any]) -> Verdict | ConfigError:
+    """A verdict, or why there is none: the other targets have theirs all the same."""
+    try:
+        # a loss may print; what is asked for is the verdict alone
+        with redirect_stdout(sys.stderr):
+            return _audit(target, arguments, options)
+    except ConfigError as error:
+        if arguments.debug:
+            raise
+        return error
+
+
 def _audit(target: str, arguments: Namespace, options: dict[str, Any]) -> Verdict:
     from opd.audit.adapters import adapt
-    from opd.audit.verdict import audit_loss
 
     if is_user_code(target):
+        if arguments.overrides:
+            raise ConfigError(
+                f"{arguments.overrides[0]} is for a method or a run file; what the function "
+                f"{target} is told is set by --set NAME=VALUE"
+            )
         function = find_function(target, Path.cwd())
         loss = adapt(function, target, arguments.adapter, **options)
     else:
-        loss = _objective(target, arguments.overrides)
+        if options or arguments.adapter != "rows":
+            raise ConfigError(
+                f"{'--set' if options else '--adapter'} is for functions, and {target} is not "
+                "written module:function; a method's options are set by --method.options.NAME VALUE"
+            )
+        loss = _method(target, arguments.overrides)
     try:
         return audit_loss(loss, claim=arguments.claim, writer=arguments.written_by)
     except ConfigError:
         raise
-    except Exception as error:  # a loss under audit may raise anything
+    except (Exception, SystemExit) as error:  # a loss under audit may raise anything
         if arguments.debug:
             raise
         raise ConfigError(
@@ -105,7 +135,6 @@ def _print_self_test(*, as_json: bool) -> int:
     """Audit the known mistakes that come with opd: is each found, and called what it is?"""
     from opd.audit.adapters import adapt
     from opd.audit.specimens import SPECIMENS
-    from opd.audit.verdict import audit_loss
 
     rows: list[dict[str, Any]] = []
     for specimen in SPECIMENS:
@@ -135,15 +164,22 @@ def _print_self_test(*, as_json: bool) -> int:
     return DOES_NOT_HOLD if missed else HOLDS
 
 
-def _objective(target: str, overrides: list[str]) -> Loss:
+def _method(target: str, overrides: list[str]) -> Loss:
     """What a published method or a run file descends at its first step."""
-    from opd.audit.own import objective_loss
+    module, _, function = target.rpartition(".")
+    is_dotted = module and target.replace(".", "").isidentifier() and function != "toml"
+    if is_dotted and not Path(target).exists():
+        raise ConfigError(
+            f"{target!r} is neither a run file nor a method; a function is written "
+            f"{module}:{function}"
+        )
+    from opd.audit.own import method_loss
     from opd.cli.explain import find_run
     from opd.training.session import build_method
 
-    method = build_method(find_run(target, overrides))
-    first, _ = method.objective.at(0, {}, None)
-    return objective_loss(first, target)
+    first, _ = build_method(find_run(target, overrides)).at(0, {}, None)
+    keys = [word.lstrip("-").partition("=")[0].rpartition(".")[2] for word in overrides]
+    return method_loss(first, target, keep_k=any(k == "k" or k.endswith("_k") for k in keys))
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -168,10 +204,11 @@ def _print(verdict: Verdict, *, brief: bool) -> None:
         return
     from opd.audit.targets import words
 
-    made = table("gradient of", "cosine", right=("cosine",))
-    for text, cosine in verdict.cosines.items():
-        made.add_row(words(text), number(cosine))
-    screen.print(made)
+    if verdict.cosines:
+        made = table("gradient of", "cosine", right=("cosine",))
+        for text, cosine in verdict.cosines.items():
+            made.add_row(words(text), number(cosine))
+        screen.print(made)
     made = table("check", "", "seen")
     for check in verdict.checks:
         made.add_row(check.name, check.status, check.message)
