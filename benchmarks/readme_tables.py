@@ -1,4 +1,4 @@
-"""Put the committed results into the README's tables.
+"""Put the committed results into the tables of the README and of two pages on teachers.
 
     python benchmarks/readme_tables.py
 
@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import default_run
+import two_teachers
 
-README = Path(__file__).parents[1] / "README.md"
+PAGES = tuple(
+    Path(__file__).parents[1] / name
+    for name in ("README.md", "docs/teachers.md", "docs/several_teachers.md")
+)
 RESULTS = Path(__file__).parent / "results"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -97,9 +101,46 @@ def _head(rows: Rows) -> str:
     return _speed([row for row in rows if row["case"] in beside])
 
 
-_TABLES: Mapping[str, Callable[[Rows], str]] = {"default_run": _accuracy, "head": _head}
+def _teacher(rows: Rows) -> str:
+    """Four tables: what replies weigh, what the server adds, many clients, the gradient."""
+    by_case = {part: [row for row in rows if row["case"].startswith(part)] for part in _PARTS}
+    weigh = ["| reply | as | bytes per token | read into tensors, tokens per CPU-second |"]
+    weigh.append("|---|---|---:|---:|")
+    for row in by_case["parse "]:
+        what = row["case"].removeprefix("parse ")
+        figures = [f"{row['bytes_per_token']:,.0f}", f"{row['tokens_per_s']:,.0f}"]
+        weigh.append(_line([what, row["system"], *figures]))
+    share = ["| scored | served, CPU-seconds of the server | the forward alone | ratio |"]
+    share.append("|---|---:|---:|---:|")
+    alone = {row["case"]: row for row in by_case["score "] if row["system"] != "opd"}
+    for row in by_case["score "]:
+        if row["system"] == "opd":
+            bare = alone[row["case"]]["seconds"]
+            figures = [f"{row['seconds']:.2f}", f"{bare:.2f}", f"{row['seconds'] / bare:.2f}"]
+            share.append(_line([row["case"].removeprefix("score "), *figures]))
+    many = [
+        f"{row['case']}: {row['seconds']:.2f} s" for row in by_case["64 "] if "wall" in row["case"]
+    ]
+    slopes = [
+        "| gradient of the reverse KL, by what is asked | cosine with the whole vocabulary's |"
+    ]
+    slopes.append("|---|---:|")
+    for row in by_case["V "]:
+        slopes.append(_line([f"{row['case']}; {row['system']}", f"{1 - row['grad_error']:.4f}"]))
+    return "\n\n".join(["\n".join(weigh), "\n".join(share), "; ".join(many), "\n".join(slopes)])
+
+
+_PARTS = ("parse ", "score ", "64 ", "V ")
+
+_TABLES: Mapping[str, Callable[[Rows], str]] = {
+    "default_run": _accuracy,
+    "head": _head,
+    "teacher": _teacher,
+    "two_teachers": two_teachers.table,
+}
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"wrote {README}")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"wrote {page}")

@@ -16,7 +16,6 @@ from opd.methods.make_index import method_rows
 DOCS = Path(__file__).parent
 
 TOKENIZERS = "not here: needs a bridge between tokenizers"
-SEVERAL = "not here: routes or weights several teachers"
 NO_SUM = "not here: not a sum over rows, see [what does not fit](what_does_not_fit.md)"
 
 ROWS: tuple[tuple[str, str], ...] = (
@@ -84,7 +83,7 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("OPCD", "opcd"),
     ("AR-OPD", "ar_opd"),
     ("AntiSD", "anti_sd"),
-    ("DeepSeek-V4", SEVERAL),
+    ("DeepSeek-V4", "deepseek_v4"),
     ("GLM-5", "sampled_token_opd"),
     ("Nemotron MOPD", "nemotron_mopd"),
     ("GOLD", TOKENIZERS),

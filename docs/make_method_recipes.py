@@ -39,6 +39,11 @@ COLUMNS_NOTE = """\
 BEFORE_NOTE = """\
 # A model of random weights stands in for the teacher before it learnt what it is to teach.
 """
+SPECIALISTS = ("sort", "add")
+SEVERAL_NOTE = """\
+# The teacher of additions knows nothing of sorting: the recipe shows the mechanics, and what
+# averaging teachers costs that disagree. docs/several_teachers.md has the figures of a route.
+"""
 NOTES = {
     "lightning_opd": "# The worked solutions stand in for text that the student wrote before.\n"
 }
@@ -63,15 +68,23 @@ def recipe(name: str) -> str:
         lines.append(CONTEXT_NOTE.rstrip())
     columns = any(field.startswith("extra_") for field in reads) or "wrong_context" in options
     before = any(view.name == "teacher.before" for view in views)
+    plain = [view.name for view in views if view.source == "teacher"]
+    several = [
+        name.removeprefix("teacher.") for name in plain if name not in ("teacher", "teacher.before")
+    ]
     lines += [COLUMNS_NOTE.rstrip()] if any(field.startswith("extra_") for field in reads) else []
     lines += [BEFORE_NOTE.rstrip()] if before else []
+    lines += [SEVERAL_NOTE.rstrip()] if several else []
     lines += [NOTES[name].rstrip()] if name in NOTES else []
     lines += ["", "threads = 1", "", "[student]", 'model = "builtin:sort-student"', ""]
-    asked = any(view.source == "teacher" for view in made.views)
+    asked = any(view.source == "teacher" for view in made.views) and len(plain) > len(several)
     if asked or made.states.teacher_writes:
         lines += ["[teacher]", 'model = "builtin:sort-teacher"', ""]
     if before:
         lines += ["[teachers.before]  # what the teacher was", 'model = "builtin:sort-student"', ""]
+    for number, other in enumerate(several):
+        model = SPECIALISTS[number % len(SPECIALISTS)]
+        lines += [f"[teachers.{other}]", f'model = "builtin:{model}-teacher"', ""]
     lines += ["[data]", f'prompts = "{DATA if columns else "task:sort"}"']
     lines += ['verifier = "task"', "held_out = 32"] if columns else []
     lines += ["", "[method]", f'name = "{name}"', ""]

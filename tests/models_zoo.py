@@ -97,6 +97,24 @@ def tiny_tokenizer(vocab_size: int = 53, *, chat: bool = True) -> PreTrainedToke
     return cast(PreTrainedTokenizerFast, wrapped)
 
 
+# As `CHAT_TEMPLATE`, with a generation prompt that opens a block of thinking, or closes an empty
+# one, where the variable `thinking` says so.
+THINKING_TEMPLATE = CHAT_TEMPLATE.replace(
+    "A:{% endif %}",
+    "A:{% if thinking is defined %}<think>{% if not thinking %}</think>{% endif %}{% endif %}"
+    "{% endif %}",
+)
+THINK, END_THINK = 53, 54
+
+
+def thinking_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, with the tokens `<think>` and `</think>`, and `THINKING_TEMPLATE`."""
+    tokenizer = tiny_tokenizer(53)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = THINKING_TEMPLATE
+    return tokenizer
+
+
 def tiny_config(
     family: str,
     *,

@@ -46,7 +46,8 @@ from tests.models_zoo import save_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"])
-RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+FOLDERS = (ROOT / "recipes", ROOT / "recipes/several_teachers")
+RECIPES = sorted(file for folder in FOLDERS for file in folder.glob("*.toml"))
 TEMPLATE = "own_models.toml"
 
 TINY: Mapping[str, Any] = {
@@ -297,10 +298,12 @@ def test_the_page_of_the_run_file_has_every_key_with_its_default() -> None:
     sections = dict(re.findall(r"^## `\[([\w.]+)\]`\n(.*?)(?=^## |\Z)", page, re.M | re.S))
     config = dataclasses.asdict(from_tree({"student": {"model": ""}, "data": {"prompts": ""}}))
     assert config.pop("teachers") == {}  # a section per name, with the keys of [teacher]
-    assert set(sections) == {*(n for n, v in config.items() if isinstance(v, dict)), "student.lora"}
-    lora = config["student"].pop("lora")
-    for section, values in {**config, "student.lora": lora}.items():
-        for key, value in values.items() if isinstance(values, dict) else ():
+    tables = {name: values for name, values in config.items() if isinstance(values, dict)}
+    inner = {("student", "lora"), ("teacher", "client")}
+    tables |= {f"{outer}.{name}": tables[outer].pop(name) for outer, name in inner}
+    assert set(sections) == set(tables)
+    for section, values in tables.items():
+        for key, value in values.items():
             (row,) = re.findall(rf"^\| `{key}` \| .*$", sections[section], re.M)
             assert f"| `{json.dumps(value)}` |" in row or "| required |" in row, (section, row)
 
@@ -312,9 +315,10 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module_from("readme_tables", ROOT / "benchmarks/readme_tables.py")
 
 
-def test_the_tables_of_the_readme_are_those_of_the_committed_results(tables: ModuleType) -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert tables.filled(readme) == readme, "python benchmarks/readme_tables.py"
+def test_the_tables_of_the_pages_are_those_of_the_committed_results(tables: ModuleType) -> None:
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert tables.filled(text) == text, "python benchmarks/readme_tables.py"
 
 
 def test_results_fill_their_own_table_and_nothing_else(tables: ModuleType, tmp_path: Path) -> None:

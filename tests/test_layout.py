@@ -24,8 +24,8 @@ ALL_PARTS = CORE | PARTS
 
 # A part and what it may import; a part may always import itself.
 MAY_IMPORT: dict[str, set[str]] = {
-    # a state source holds schedules
-    "types": {"schedule"},
+    # a state source holds schedules; those of a mixture's weights may go wrong in a run
+    "types": {"schedule", "errors"},
     "errors": set(),
     "user_code": {"errors"},
     "schedule": {"errors"},
@@ -46,8 +46,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"types", "errors", "user_code"},
     # pack counts the rows of each kind, which the objective defines
     "rollout": {"types", "errors", "data", "models", "fastpath", "objective"},
-    # a local teacher scores micro-batches, which pack cuts
-    "teacher": {"types", "errors", "data", "models", "head", "rollout", "fastpath"},
+    # a local teacher scores micro-batches, which pack cuts; a router may be a user's function
+    "teacher": {
+        "types",
+        "errors",
+        "formula",
+        "data",
+        "models",
+        "head",
+        "rollout",
+        "fastpath",
+        "user_code",
+    },
     "critic": TOP | {"formula"},
     # the oracle enumerates through the very path that trains: pack, signal phase and head
     # the rules are told by their docstrings

@@ -4,6 +4,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,12 @@ VIEWS = (
         "combination",
         parts=(("teacher.big", 1.5), ("reference", -0.5), ("student", Linear(0.8, 0.0, 9))),
     ),
+    TeacherView(
+        "teacher.mean",
+        "combination",
+        parts=(("teacher.big", Linear(0.2, 0.7, 9)), ("teacher", Linear(0.8, 0.3, 9))),
+        mix="arithmetic",
+    ),
 )
 
 
@@ -189,6 +196,19 @@ def test_views_survive_the_run_file() -> None:
     ]
     assert_survives(Method(Objective(*terms), views=VIEWS))
     assert_survives(Method(Objective(*terms), views=VIEWS[::-1]))
+
+
+def test_how_a_context_is_read_survives_the_run_file() -> None:
+    objective = Objective(Dense(divergence=divergence.reverse_kl))
+    plain = TeacherView(source="student", context="{answer}")
+    system = replace(plain, context_role="system")
+    silent = replace(plain, chat_template_kwargs=(("thinking", False), ("a", "b")))
+    made = [Method(objective, views=(view,)) for view in (plain, system, silent)]
+    for method in made:
+        assert_survives(method)
+    assert len({method.composition_hash for method in made}) == 3
+    (table,) = views_to_tree(made[2])
+    assert table["chat_template_kwargs"] == {"a": "b", "thinking": False}
 
 
 def test_a_view_without_a_table_is_the_teacher_or_the_student_at_step_0() -> None:
@@ -219,7 +239,12 @@ def test_a_view_that_nobody_declared_is_refused(against: str, parts: dict[str, f
     [
         ({"nam": "teacher"}, "method.views[0]: unknown key 'nam'. Did you mean 'name'?"),
         ({"source": "ema"}, "source must be one of 'teacher'"),
+        ({"context": "x", "chat_template_kwargs": ["a"]}, "[0].chat_template_kwargs = ['a']"),
         ({"source": "combination", "parts": [["a", 1]]}, "method.views[0].parts = [['a', 1]]"),
+        (
+            {"source": "combination", "parts": {"a": 0.5, "b": 0.6}, "mix": "arithmetic"},
+            "the weights of an arithmetic mixture sum to 1, and these sum to 1.1",
+        ),
         (
             {"source": "combination", "parts": {"reference": {"schedule": "linea"}}},
             "method.views[0].parts.reference: a table here is a schedule. Did you mean 'linear'?",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from opd.errors import ConfigError, DataError, OpdError, TeacherError, TrainingError, nearest
 from opd.formula import credit, divergence
-from opd.schedule import Linear
+from opd.schedule import Cosine, Linear, Switch
 from opd.types import (
     Bound,
     SamplerSettings,
@@ -163,6 +163,9 @@ def test_a_view_has_a_known_source() -> None:
         ({"source": "combination", "parts": (("a", 1), ("a", 2))}, "'a' stands there twice"),
         ({"source": "combination", "parts": (("a", 0.0), ("b", 0))}, "every part has weight 0"),
         ({"source": "combination", "parts": (("a", 1),), "context": "x"}, "reads nothing itself"),
+        ({"context": "x", "context_role": "tool"}, "must be one of 'user', 'system', got 'tool'"),
+        ({"context_role": "system"}, "context_role says how a context is read, and there is none"),
+        ({"chat_template_kwargs": (("a", 1),)}, "chat_template_kwargs says how a context is read"),
     ],
 )
 def test_a_view_says_what_is_wrong_with_it(bad: dict[str, Any], words: str) -> None:
@@ -282,3 +285,63 @@ def test_only_a_combination_can_be_left_without_its_normaliser() -> None:
                 TeacherView("teacher.y", "combination", parts=(("teacher.x", 1.0),)),
             ],
         )
+
+
+# --------------------------------------------------------------------------------------------
+# Arithmetic mixtures
+
+
+def mixture(**parts: Any) -> TeacherView:
+    return TeacherView("teacher.m", "combination", parts=tuple(parts.items()), mix="arithmetic")
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"a": 0.5, "b": 0.6}, r"sum to 1, and these sum to 1\.1: .*take mix = 'log_linear'"),
+        ({"a": 1.5, "b": -0.5}, "has weights >= 0, and that of 'b' is -0.5"),
+        ({"a": Linear(0.0, 1.0, 4), "b": 0.5}, r"sum to 0\.5 at step 1"),
+        ({"a": Linear(0.5, 1.0, 4), "b": 0.5}, r"sum to 1\.125 at step 2"),
+        ({"a": Cosine(0.0, 1.0, 9), "b": Linear(1.0, 0.0, 9)}, r"sum to .* at step 2"),
+        (
+            {"a": Linear(-0.1, 1.0, 4), "b": Linear(1.1, 0.0, 4)},
+            "has weights >= 0, and that of 'a'",
+        ),
+        ({"a": Switch(0.5, 0.9, "x", above=1.0), "b": 0.4}, r"sum to 0\.9 at step 1"),
+    ],
+)
+def test_the_weights_of_a_mixture_are_shares_wherever_that_is_known(
+    parts: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        mixture(**parts)
+
+
+def test_scheduled_shares_that_add_up_are_kept_and_settled() -> None:
+    view = mixture(a=Linear(0.0, 1.0, 10), b=Linear(1.0, 0.0, 10))
+    for step, share in ((0, 0.0), (3, 0.3), (50, 1.0)):
+        settled, _ = view.at(step, {}, {})
+        assert dict(settled.parts) == {"a": pytest.approx(share), "b": pytest.approx(1 - share)}
+        assert settled.mix == "arithmetic"
+    assert mixture(a=1 / 3, b=2 / 3).parts == (("a", 1 / 3), ("b", 2 / 3))
+
+
+def test_what_a_switch_makes_of_the_shares_is_known_when_it_is_thrown() -> None:
+    view = mixture(a=Switch(0.5, 0.9, "x", above=1.0), b=0.5)
+    assert dict(view.at(0, {}, {})[0].parts) == {"a": 0.5, "b": 0.5}
+    with pytest.raises(ConfigError, match=r"step 4: view 'teacher.m': .* sum to 1\.4"):
+        view.at(3, {"x": Stat(2.0, 1.0)}, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mix": "geometric"}, "mix must be one of 'log_linear', 'arithmetic', got 'geometric'"),
+        ({"mix": "arithmetic", "normalised": False}, "belongs to a normalised combination"),
+        ({"mix": "arithmetic", "source": "teacher", "parts": ()}, "a normalised combination"),
+    ],
+)
+def test_a_mix_belongs_to_a_normalised_combination(change: dict[str, Any], words: str) -> None:
+    fields: dict[str, Any] = {"source": "combination", "parts": (("a", 0.5), ("b", 0.5))}
+    with pytest.raises(ValueError, match=words):
+        TeacherView("teacher.m", **{**fields, **change})

@@ -30,11 +30,15 @@ OTHER_NAMES = frozenset(
         "prompt",  # columns that a context may name
         "Hint",
         "answer",
+        "sibling",  # what a rollout puts into one
+        "feedback",
         "anchor",  # keys of a run file
+        "route",
         "merge_stop_ids",
         "reference",  # a view that is always there
         "schedule",  # in place of a number
         "switch",
+        "arithmetic",  # a way to mix views
     }
 )
 """What the lists of choices and methods may name beside formulas, methods and settings."""

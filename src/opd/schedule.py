@@ -166,7 +166,8 @@ def rescaled(value: float | Schedule, *, times: float = 1.0, plus: float = 0.0) 
 
 def _comes_and_goes(statistic: str) -> bool:
     """Whether a metric may be missing of a step, though later steps measure it."""
-    return statistic.startswith("rollout/") or statistic in ("student/entropy", "teacher/log_ratio")
+    per_teacher = statistic.startswith("teacher/") and statistic.endswith("/log_ratio")
+    return statistic.startswith("rollout/") or statistic == "student/entropy" or per_teacher
 
 
 def _check(start: float, end: float, steps: int, names: tuple[str, str] = ("start", "end")) -> None:

@@ -269,8 +269,15 @@ def _view(tree: Mapping[str, Any], path: str) -> TeacherView:
         raise ConfigError(
             f'{path}.parts = {parts!r}: write it as a table, {{ "teacher" = 1.25, ... }}'
         )
+    variables = table.pop("chat_template_kwargs", {})
+    if not isinstance(variables, Mapping):
+        raise ConfigError(
+            f"{path}.chat_template_kwargs = {variables!r}: write it as a table, "
+            "{ enable_thinking = true }"
+        )
     weights = tuple((name, _knob(weight, f"{path}.parts.{name}")) for name, weight in parts.items())
-    return _guarded(TeacherView, path, **table, parts=weights)
+    pairs = tuple(variables.items())
+    return _guarded(TeacherView, path, **table, parts=weights, chat_template_kwargs=pairs)
 
 
 def _view_tree(view: TeacherView) -> dict[str, Any]:
@@ -278,10 +285,16 @@ def _view_tree(view: TeacherView) -> dict[str, Any]:
     tree: dict[str, Any] = {"name": view.name, "source": view.source}
     if view.context:
         tree["context"] = view.context
+    if view.context_role != "user":
+        tree["context_role"] = view.context_role
+    if view.chat_template_kwargs:
+        tree["chat_template_kwargs"] = dict(view.chat_template_kwargs)
     if view.decay:
         tree["decay"] = view.decay
     if not view.normalised:
         tree["normalised"] = False
+    if view.mix != "log_linear":
+        tree["mix"] = view.mix
     if view.parts:
         tree["parts"] = {
             name: _schedule_tree(weight) if isinstance(weight, Schedule) else weight

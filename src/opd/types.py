@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from opd.errors import ConfigError
 from opd.schedule import Schedule
 
 
@@ -267,20 +268,33 @@ VIEW_SOURCES = ("teacher", "initial_student", "student", "ema_student", "combina
 STUDENT_PART = "student"
 """Names the student itself among the parts of a combination: as it is now, detached."""
 
+MIXES = ("log_linear", "arithmetic")
+"""What the weights of a combination multiply: log-probabilities, or probabilities."""
+
+CONTEXT_ROLES = ("user", "system")
+"""Whose message of a chat a context is put into."""
+
+WEIGHT_SLACK = 1e-6
+"""How far the weights of an arithmetic mixture may be from a sum of 1: decimals are rounded."""
+
 
 @dataclass(frozen=True)
 class TeacherView:
     """One distribution that fills a teacher slot.
 
-    A combination is the log-linear mixture of other views, normalised over the vocabulary:
+    A combination is the log-linear mixture of other views, normalised over the vocabulary, or
+    with `mix = "arithmetic"` the weighted mean of their probabilities:
 
         log view = sum_k weight_k * log part_k - logsumexp_v(sum_k weight_k * log part_k)
+        log view = log sum_k weight_k * part_k
 
-    Its weights have any sign and any sum. A part is the name of another view, or `student`: the
-    student's own distribution at the moment of the comparison, detached. With `normalised` off the
-    second term is left out: the combination is then a score of single tokens, such as the log-ratio
-    of two teachers, and no distribution. It costs one number per token and part, and may be read as
-    `teacher_logp` or `teacher_support_logp` alone.
+    The weights of the first have any sign and any sum; those of the second are shares: never
+    negative, and 1 in all. The first gives a token mass that every part gives some, the second
+    one that any part does. A part is the name of another view, or `student`: the student's own
+    distribution at the moment of the comparison, detached. With `normalised` off the second term
+    of the first is left out: the combination is then a score of single tokens, such as the
+    log-ratio of two teachers, and no distribution. It costs one number per token and part, and may
+    be read as `teacher_logp` or `teacher_support_logp` alone.
 
     Attributes:
         name: how terms refer to it: `teacher`, `teacher.NAME` or `reference`.
@@ -289,12 +303,18 @@ class TeacherView:
             `ema_student` (the moving average of its weights) or `combination`.
         context: what this view reads in place of the prompt, before the same response tokens: a
             template such as "{prompt} Hint: {answer}", or the name of a data column that holds
-            the whole prompt; empty: it reads what the student reads.
+            the whole prompt; empty: it reads what the student reads. A sequence for which
+            `{sibling}` or `{feedback}` holds nothing is one that the view has no answer for.
         parts: (view, weight) pairs of a combination, in any order; a weight is a number or a
             schedule.
         decay: of `ema_student`, in (0, 1): average <- decay * average + (1 - decay) * student
             after each optimizer step.
         normalised: of a combination: whether it is a distribution.
+        mix: of a combination: `log_linear` or `arithmetic`.
+        context_role: of a chat, where the context goes: `user`: it takes the place of the last
+            user message; `system`: it is a system message, after what an existing one says.
+        chat_template_kwargs: further variables of the chat template where this view reads, over
+            those of the run: pairs of a name and a value, in any order.
     """
 
     name: str = "teacher"
@@ -303,8 +323,13 @@ class TeacherView:
     parts: tuple[tuple[str, float | Schedule], ...] = ()
     decay: float = 0.0
     normalised: bool = True
+    mix: str = "log_linear"
+    context_role: str = "user"
+    chat_template_kwargs: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        variables = tuple(sorted(self.chat_template_kwargs, key=lambda pair: pair[0]))
+        object.__setattr__(self, "chat_template_kwargs", variables)
         if not self.name or self.name == STUDENT_PART:
             raise ValueError(
                 f"a view cannot be called {self.name!r}; call it 'teacher', 'teacher.NAME' or "
@@ -334,8 +359,19 @@ class TeacherView:
                 f"view {self.name!r}: normalised = false belongs to source = 'combination'; got "
                 f"source = {self.source!r}, normalised = {self.normalised!r}"
             )
+        if self.mix not in MIXES:
+            raise ValueError(
+                f"view {self.name!r}: mix must be one of {', '.join(map(repr, MIXES))}, got "
+                f"{self.mix!r}"
+            )
+        if self.mix != "log_linear" and not (self.parts and self.normalised):
+            raise ValueError(
+                f"view {self.name!r}: mix = {self.mix!r} belongs to a normalised combination; got "
+                f"source = {self.source!r}, normalised = {self.normalised!r}"
+            )
         if self.parts:
             self._check_parts()
+        self._check_reading()
 
     @property
     def moves(self) -> bool:
@@ -345,14 +381,21 @@ class TeacherView:
     def at(
         self, step: int, stats: Mapping[str, Stat], state: Mapping[str, Any]
     ) -> tuple[TeacherView, dict[str, Any]]:
-        """The view with scheduled weights replaced by their values at `step`, and their state."""
+        """The view with scheduled weights replaced by their values at `step`, and their state.
+
+        Raises:
+            ConfigError: weights of an arithmetic mixture that are no shares at this step.
+        """
         parts, kept = [], {}
         for part, weight in self.parts:
             if isinstance(weight, Schedule):
                 path = f"{self.name}/{part}"
                 weight, kept[path] = weight.at(step, stats, state.get(path))
             parts.append((part, weight))
-        return replace(self, parts=tuple(parts)), kept
+        try:
+            return replace(self, parts=tuple(parts)), kept
+        except ValueError as error:
+            raise ConfigError(f"step {step + 1}: {error}") from None
 
     def _check_parts(self) -> None:
         if self.context:
@@ -372,6 +415,57 @@ class TeacherView:
                 )
         if all(weight == 0 for _, weight in self.parts):
             raise ValueError(f"view {self.name!r}: every part has weight 0, so nothing is combined")
+        if self.mix == "arithmetic":
+            self._check_shares()
+
+    def _check_reading(self) -> None:
+        if self.context_role not in CONTEXT_ROLES:
+            raise ValueError(
+                f"view {self.name!r}: context_role must be one of "
+                f"{', '.join(map(repr, CONTEXT_ROLES))}, got {self.context_role!r}"
+            )
+        told = {
+            "context_role": self.context_role != "user",
+            "chat_template_kwargs": bool(self.chat_template_kwargs),
+        }
+        for key, given in told.items():
+            if given and not self.context:
+                raise ValueError(
+                    f"view {self.name!r}: {key} says how a context is read, and there is none; "
+                    "context = '{prompt}' is the prompt as it is"
+                )
+
+    def _check_shares(self) -> None:
+        """Refuse weights of a mixture that are no shares, at any step where that is known.
+
+        What a schedule does that watches a statistic is known when it has done it.
+        """
+        for name, weight in self.parts:
+            if _span(weight)[0] < 0:
+                raise ValueError(
+                    f"view {self.name!r}: an arithmetic mixture has weights >= 0, and that of "
+                    f"{name!r} is {weight!r}"
+                )
+        scheduled = [weight for _, weight in self.parts if isinstance(weight, Schedule)]
+        lasting = [int(getattr(schedule, "steps", 0)) for schedule in scheduled]
+        last = max(lasting, default=0) if all(lasting) else 0
+        grid = {round(last * part / _SHARES_CHECKED) for part in range(_SHARES_CHECKED + 1)}
+        for step in sorted({*grid, *lasting} if last else {0}):
+            total = sum(
+                weight.at(step, {}, None)[0] if isinstance(weight, Schedule) else weight
+                for _, weight in self.parts
+            )
+            if abs(total - 1) > WEIGHT_SLACK:
+                when = f" at step {step + 1}" if scheduled else ""
+                raise ValueError(
+                    f"view {self.name!r}: the weights of an arithmetic mixture sum to 1, and these "
+                    f"sum to {total:g}{when}: {dict(self.parts)}; for weights of any sum take "
+                    "mix = 'log_linear'"
+                )
+
+
+_SHARES_CHECKED = 64
+"""Steps at which the weights of a scheduled mixture are added up, beside the ends of schedules."""
 
 
 def with_parts(names: Iterable[str], views: Iterable[TeacherView]) -> tuple[TeacherView, ...]:
@@ -546,6 +640,7 @@ class Rollout:
         sampler_top_ids: ids of the sampler's likeliest tokens, before truncation, if asked for.
         prompts: the records the responses answer, one per sequence.
         model_inputs: extra model inputs per sequence.
+        reasons: what the verifier said beside its score, one per sequence; empty: nothing is known.
     """
 
     prompt_ids: tuple[tuple[int, ...], ...]
@@ -560,6 +655,7 @@ class Rollout:
     sampler_top_ids: Int[Tensor, "B T K"] | None = None
     prompts: tuple[Prompt, ...] = ()
     model_inputs: tuple[Mapping[str, Any], ...] = ()
+    reasons: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> Int[Tensor, " B"]:
@@ -608,6 +704,13 @@ class TeacherScores:
         normalised: of a combination: whether it is one, or the bare weighted sum of its parts.
             Ids that count as one (`Batch.merge_ids`) are merged already in whatever names single
             tokens: their mass stands under the group's first id.
+        mix: of a combination: `log_linear` or `arithmetic`.
+        names, answered_by: where several models answered, each for rows of its own: what they are
+            called, and the place among them of the one that answered a row.
+        heads: of these models, in the order of `names`, in place of `unembedding`; None of one that
+            answered nothing. `hidden` is as wide as the widest; a narrower one reads its first
+            columns.
+        seconds: wall-clock time that each model took, by name.
         provenance: revision, template and tokenizer hashes, as the teacher states them.
         row_index: where the teacher reads other tokens than the student, which of the M rows of
             the fields above answers row n; -1 where none does: terms that read this view then skip
@@ -629,9 +732,20 @@ class TeacherScores:
     unembedding: Unembedding | None = None
     parts: tuple[tuple[str, float], ...] = ()
     normalised: bool = True
+    mix: str = "log_linear"
+    names: tuple[str, ...] = ()
+    answered_by: Int[Tensor, " M"] | None = None
+    heads: tuple[Unembedding | None, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     row_index: Int[Tensor, " N"] | None = None
     id_map: Int[Tensor, " V"] | None = None
+
+    @property
+    def unembeddings(self) -> tuple[Unembedding, ...]:
+        """Whatever turns hidden states into logits: one, or one per model; none where none does."""
+        of_models = tuple(head for head in self.heads if head is not None)
+        return of_models or (() if self.unembedding is None else (self.unembedding,))
 
     def rows(self, index: Tensor | slice) -> TeacherScores:
         """The same scores for some of the N rows, with nothing kept of the others."""
@@ -643,14 +757,14 @@ class TeacherScores:
             places = places.masked_fill(answered < 0, -1)
         picked: dict[str, Any] = {
             name: value[chosen] if len(value) or places is None else _nothing(value, len(places))
-            for name in _TEACHER_ROW_FIELDS
+            for name in TEACHER_ROW_FIELDS
             if (value := getattr(self, name)) is not None
         }
         return replace(self, row_index=places, **picked)
 
     def row_counts(self) -> tuple[int, ...]:
         """For how many rows each field that is there holds an answer."""
-        values = (getattr(self, name) for name in _TEACHER_ROW_FIELDS)
+        values = (getattr(self, name) for name in TEACHER_ROW_FIELDS)
         return tuple(value.shape[0] for value in values if value is not None)
 
 
@@ -672,7 +786,7 @@ def unanswered(views: Mapping[str, TeacherScores], name: str) -> Bool[Tensor, " 
     return found
 
 
-_TEACHER_ROW_FIELDS = (
+TEACHER_ROW_FIELDS = (
     "sampled_logp",
     "top_ids",
     "top_logp",
@@ -682,6 +796,7 @@ _TEACHER_ROW_FIELDS = (
     "entropy",
     "hidden",
     "log_probs",
+    "answered_by",
 )
 
 
@@ -694,7 +809,10 @@ class TeacherRequest:
         sampled: the log-probability of the row's own token.
         top_k: that many of the teacher's own likeliest tokens; 0: none.
         ids: tokens to score at every row.
+        entropy: that of the whole distribution, in nats.
         temperature: divides the teacher's logits.
+        prompts: the records that the batch's sequences answer, one each, for who routes by them;
+            empty where they are not known.
     """
 
     batch: Batch
@@ -702,7 +820,9 @@ class TeacherRequest:
     sampled: bool = False
     top_k: int = 0
     ids: Int[Tensor, "N K"] | None = None
+    entropy: bool = False
     temperature: float = 1.0
+    prompts: tuple[Prompt, ...] = ()
 
 
 @runtime_checkable

@@ -536,3 +536,52 @@ def test_a_stream_over_nothing_says_what_was_skipped(characters: PreTrainedToken
     nothing = load_prompts(["", ""], tokenizer=characters)
     with pytest.raises(DataError, match=r"no prompt to offer \(2 were empty, 0 too long\)"):
         PromptStream(nothing, 0)
+
+
+# --------------------------------------------------------------------------------------------
+# Several tasks
+
+
+def test_several_tasks_come_in_turn_each_as_it_comes_alone(
+    characters: PreTrainedTokenizerFast,
+) -> None:
+    both = task_prompts("add+sort", "train", tokenizer=characters)
+    alone = {
+        name: task_prompts(name, "train", tokenizer=characters).generate(7, 0, 6, True)  # type: ignore[misc]
+        for name in ("add", "sort")
+    }
+    assert both.generate is not None
+    whole = both.generate(7, 0, 11, True)
+    assert [prompt.columns["task"] for prompt in whole] == ["add", "sort"] * 5 + ["add"]
+    assert [prompt for prompt in whole if prompt.columns["task"] == "add"] == alone["add"]
+    assert [p for p in whole if p.columns["task"] == "sort"] == alone["sort"][:5]
+    pieces = [
+        p for start, count in ((0, 3), (3, 1), (4, 7)) for p in both.generate(7, start, count, True)
+    ]
+    assert pieces == whole
+    assert all(prompt.response_ids is None for prompt in both.generate(7, 3, 4, False))
+
+
+def test_held_out_prompts_of_several_tasks_are_shared_out_evenly(
+    characters: PreTrainedTokenizerFast,
+) -> None:
+    splits = load_splits("task:add+sort+chain", tokenizer=characters, validation=5, test=9)
+    counts = Counter(prompt.columns["task"] for prompt in splits.test.prompts)
+    assert counts == {"add": 3, "sort": 3, "chain": 3}
+    assert Counter(p.columns["task"] for p in splits.validation.prompts) == {
+        "add": 2,
+        "sort": 2,
+        "chain": 1,
+    }
+    assert splits.test.source == "task:add+sort+chain/test"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("add+srt", "no task 'srt'. Did you mean 'sort'"), ("add+add", "name one of them twice")],
+)
+def test_a_list_of_tasks_that_is_none_is_refused(
+    characters: PreTrainedTokenizerFast, name: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        task_prompts(name, "train", tokenizer=characters)

@@ -71,8 +71,9 @@ def three_steps(recipe: Path, student: Path, folder: Path, name: str) -> None:
 def stays_at_its_teacher(name: str, student: Path, folder: Path) -> None:
     """One step with every model the student: the gradient is nothing beside the usual one."""
     at_home = [*SMALL, "--teacher.model", str(student), "--output", str(folder), "--name", "same"]
-    if "teacher.before" in {view.name for view in getattr(methods, name)().views}:
-        at_home += ["--teachers.before.model", str(student)]
+    for view in getattr(methods, name)().views:
+        if view.source == "teacher" and view.name != "teacher":
+            at_home += [f"--teachers.{view.name.removeprefix('teacher.')}.model", str(student)]
     run = opd.load(RECIPES / f"{name}.toml", [*at_home, "--student.model", str(student)])
     reports = train_run(run)
     for report in reports:

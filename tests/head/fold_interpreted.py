@@ -148,6 +148,23 @@ def test_scale_and_bias_are_differentiated_through(monkeypatch: Any) -> None:
     agree(Projected(**transformed), OBJECTIVES["gated sum"], monkeypatch)
 
 
+def test_rows_of_several_heads_are_folded(monkeypatch: Any) -> None:
+    projected = Projected()
+    draw = torch.Generator().manual_seed(9)
+    rows = len(projected.hidden)
+    heads = tuple(
+        Unembedding(torch.randn(300 + pad, width, generator=draw) / 4, 300, **transformed)
+        for pad, width, transformed in ((4, 20, {}), (0, 12, {"soft_cap": 2.0}))
+    )
+    projected.teacher = TeacherScores(
+        hidden=torch.randn(rows, 20, generator=draw),
+        names=("a", "b"),
+        heads=heads,
+        answered_by=torch.arange(rows) % 3 // 2,
+    )
+    agree(projected, OBJECTIVES["gated sum"], monkeypatch, chunk_bytes=9000)
+
+
 def test_a_soft_cap_is_left_to_the_portable_path(monkeypatch: Any) -> None:
     monkeypatch.setattr(fold.Fold, "of", None)
     out, *_ = Projected(soft_cap=2.0).answer(OBJECTIVES["JSD"])

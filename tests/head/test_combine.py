@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd.errors import TeacherError
 from opd.formula import divergence, reward
-from opd.head.combine import log_linear, log_sum
+from opd.head.combine import log_linear, log_mean, log_sum
 from opd.objective import Dense, Objective, Sampled
 from opd.rollout.pack import with_token
 from opd.types import STUDENT_PART, Batch, FieldKey, TeacherScores
@@ -286,3 +286,165 @@ def test_a_sum_of_one_part_is_that_view_to_the_bit() -> None:
     summed = Objective(Sampled(reward=reward.teacher_log_ratio, against="teacher.sum"))
     found = evaluate(case, summed, with_token(batch, views=views))
     assert torch.equal(found.gradient, evaluate(case, plain).gradient)
+
+
+# --------------------------------------------------------------------------------------------
+# Arithmetic mixtures
+
+
+def mean_of(
+    parts: Mapping[str, npt.NDArray[np.float64]], weights: Mapping[str, float]
+) -> npt.NDArray[np.float64]:
+    """Probabilities, token by token: the sum of weight times probability."""
+    some = next(iter(parts.values()))
+    whole = np.zeros_like(some)
+    for row in range(some.shape[0]):
+        for token in range(some.shape[1]):
+            for name, log_part in parts.items():
+                whole[row, token] += weights[name] * math.exp(log_part[row, token])
+    return whole
+
+
+share_lists = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4).filter(lambda w: sum(w) > 0.1)
+
+
+@given(shares=share_lists, seed=st.integers(0, 10_000))
+def test_a_mixture_is_the_weighted_mean_of_probabilities(shares: list[float], seed: int) -> None:
+    parts = {f"part {k}": random_log_probs(seed + k) for k in range(len(shares))}
+    named = {name: share / sum(shares) for name, share in zip(parts, shares, strict=True)}
+    ours = log_mean("mix", parts, named)
+    theirs = mean_of({name: part.numpy() for name, part in parts.items()}, named)
+    np.testing.assert_allclose(ours.exp().numpy(), theirs, rtol=1e-12, atol=1e-15)
+    assert ours.logsumexp(-1).abs().max() <= 1e-12
+
+
+def test_a_quarter_and_three_quarters_of_two_coins() -> None:
+    fair, skewed = (torch.tensor([[p, 1 - p]], dtype=torch.float64).log() for p in (0.5, 0.9))
+    mixed = log_mean("mix", {"a": fair, "b": skewed}, {"a": 0.25, "b": 0.75}).exp()
+    assert mixed[0].tolist() == pytest.approx([0.8, 0.2], abs=1e-15)
+
+
+def test_a_mixture_has_mass_where_any_part_has_and_none_where_no_part_has() -> None:
+    one, other = (torch.tensor([[0.3, 0.7, 0.0, 0.0]]), torch.tensor([[0.0, 0.5, 0.5, 0.0]]))
+    mixed = log_mean("mix", {"one": one.log(), "other": other.log()}, {"one": 0.5, "other": 0.5})
+    assert mixed.exp()[0].tolist() == pytest.approx([0.15, 0.6, 0.25, 0.0])
+    assert mixed[0].isneginf().tolist() == [False, False, False, True]
+    assert not mixed.isnan().any()
+
+
+def test_a_mixture_of_one_part_is_that_part_bit_for_bit() -> None:
+    parts = {"teacher": random_log_probs(0).float(), "other": random_log_probs(1).float()}
+    assert torch.equal(log_mean("m", parts, {"teacher": 1.0, "other": 0.0}), parts["teacher"])
+
+
+@pytest.mark.parametrize("weights", [{"a": 0.5, "b": 0.4}, {"a": 1.5, "b": -0.5}])
+def test_weights_that_are_no_shares_are_refused(weights: dict[str, float]) -> None:
+    parts = {"a": random_log_probs(0), "b": random_log_probs(1)}
+    with pytest.raises(TeacherError, match="'m' is an arithmetic mixture, whose weights are >= 0"):
+        log_mean("m", parts, weights)
+
+
+def mixed_view(case: Case, batch: Batch | None = None, /, **parts: float) -> Batch:
+    """The case's batch with a further view, `teacher.mix`, an arithmetic one."""
+    batch = batch or case.batch()
+    mix = TeacherScores(parts=tuple(parts.items()), mix="arithmetic")
+    return with_token(batch, views={**batch.token.views, "teacher.mix": mix})
+
+
+def probabilities(case: Case, name: str) -> Tensor:
+    logits = case.student_logits if name == STUDENT_PART else case.teacher_logits[name]
+    return case.rows(logits).softmax(-1)
+
+
+@pytest.mark.parametrize("merge_ids", [(), ((2, 5),)])
+def test_the_reverse_kl_to_a_mixture_is_that_to_its_probabilities(
+    merge_ids: tuple[tuple[int, ...], ...],
+) -> None:
+    """Loss and gradient by autograd over the whole vocabulary, the student's own part detached."""
+    case = Case.random(3, views=("teacher", "reference"))
+    weights = {"teacher": 0.5, "reference": 0.3, STUDENT_PART: 0.2}
+    batch = mixed_view(case, case.batch(merge_ids=merge_ids), **weights)
+    term = Dense(divergence=divergence.reverse_kl, against="teacher.mix")
+    ours = evaluate(case, Objective(term), batch)
+
+    def as_one(probs: Tensor) -> Tensor:
+        for first, *others in merge_ids:
+            probs = torch.cat(
+                [
+                    probs[:, [first, *others]].sum(-1, keepdim=True),
+                    probs[:, [i for i in range(case.vocab_size) if i not in (first, *others)]],
+                ],
+                -1,
+            )
+        return probs
+
+    logits = case.rows(case.student_logits).clone().requires_grad_()
+    own = as_one(logits.softmax(-1))
+    target = sum(w * as_one(probabilities(case, name)) for name, w in weights.items())
+    loss = (own * (own.log() - target.log())).sum(-1).mean()  # type: ignore[union-attr]
+    loss.backward()
+    assert ours.loss == pytest.approx(float(loss.detach()), abs=1e-13)
+    assert logits.grad is not None
+    assert (ours.gradient - logits.grad).abs().max() <= 1e-14
+
+
+def test_what_a_mixture_says_of_a_token_needs_only_what_its_parts_say_of_it() -> None:
+    case = Case.random(4, views=("teacher", "teacher.other"))
+    weights = {"teacher": 0.6, "teacher.other": 0.3, STUDENT_PART: 0.1}
+    tokens = case.rows(case.tokens).unsqueeze(-1)
+    told = {
+        name: TeacherScores(
+            sampled_logp=probabilities(case, name).gather(-1, tokens).squeeze(-1).log()
+        )
+        for name in ("teacher", "teacher.other")
+    }
+    objective = Objective(Sampled(reward=reward.teacher_log_ratio, against="teacher.mix"))
+    found = [
+        evaluate(case, objective, mixed_view(case, batch, **weights))
+        for batch in (case.batch(), with_token(case.batch(), views=told))
+    ]
+    target = sum(w * probabilities(case, name) for name, w in weights.items())
+    own = probabilities(case, STUDENT_PART).gather(-1, tokens).squeeze(-1).log()
+    advantage = target.gather(-1, tokens).squeeze(-1).log() - own  # type: ignore[union-attr]
+    score = torch.zeros_like(found[0].gradient).scatter(1, tokens, 1.0)
+    score = score - probabilities(case, STUDENT_PART)
+    expected = -advantage.unsqueeze(-1) * score / len(own)
+    for ours in found:
+        assert ours.loss == pytest.approx(float(-(advantage * own).mean()), abs=1e-12)
+        assert (ours.gradient - expected).abs().max() <= 1e-15
+
+
+def test_a_mixture_is_the_same_in_any_micro_batches_and_chunks() -> None:
+    case = Case.random(5, views=("teacher", "reference"))
+    term = Dense(divergence=divergence.forward_kl, against="teacher.mix")
+    batch = mixed_view(case, teacher=0.7, reference=0.2, student=0.1)
+    whole = evaluate(case, Objective(term), batch)
+    in_rows = evaluate(case, Objective(term), batch, chunk_bytes=4 * case.vocab_size)
+    loss, gradient = evaluate_in_parts(case, Objective(term), 8, batch)
+    assert in_rows.loss == pytest.approx(whole.loss, abs=1e-14)
+    assert loss == pytest.approx(whole.loss, abs=1e-14)
+    assert (in_rows.gradient - whole.gradient).abs().max() <= 1e-15
+    assert (gradient - whole.gradient).abs().max() <= 1e-15
+
+
+def test_a_sum_of_forward_kls_is_least_at_the_mixture_and_of_reverse_kls_at_the_log_linear() -> (
+    None
+):
+    """On a grid of all distributions over three tokens."""
+    draw = np.random.default_rng(0)
+    teachers = {name: draw.dirichlet(np.ones(3)) for name in ("a", "b")}
+    weights = {"a": 0.3, "b": 0.7}
+    grid = [(i / 400, j / 400, 1 - (i + j) / 400) for i in range(1, 400) for j in range(1, 400 - i)]
+
+    def forward(student: npt.NDArray[np.float64]) -> float:
+        return sum(
+            w * (teachers[n] * np.log(teachers[n] / student)).sum() for n, w in weights.items()
+        )
+
+    def reverse(student: npt.NDArray[np.float64]) -> float:
+        return sum(w * (student * np.log(student / teachers[n])).sum() for n, w in weights.items())
+
+    logs = {name: torch.tensor(np.log(part))[None] for name, part in teachers.items()}
+    for loss, combine in ((forward, log_mean), (reverse, log_linear)):
+        best = min((np.array(point) for point in grid), key=loss)
+        np.testing.assert_allclose(combine("m", logs, weights)[0].exp().numpy(), best, atol=4e-3)

@@ -193,6 +193,12 @@ SUBJECTS: dict[str, Subject] = {
     "trd": _of("trd", {}, weighting.trd, writers=(TEACHER,)),
     # targets
     "veto": _of("veto", {"share": 0.4}, targets.veto),
+    "deepseek_v4": _of(
+        "deepseek_v4",
+        {"teachers": ("first", "second"), "weights": (0.3, 0.9)},
+        targets.deepseek_v4,
+        {"weights": {"teacher.first": 0.3, "teacher.second": 0.9}},
+    ),
     "exopd": _of(
         "exopd",
         {"extrapolation": 1.4, "cap": 1.2},

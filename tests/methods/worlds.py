@@ -25,6 +25,8 @@ BASE_VIEWS = (
     "teacher.partial",
     "teacher.wrong",
     "teacher.probe",
+    "teacher.first",
+    "teacher.second",
 )
 LENGTHS = (4, 0, 6, 3, 5, 2, 7)
 VOCABULARY = 7
@@ -110,7 +112,9 @@ class Scene:
                 views[view.name] = TeacherScores(hidden=hidden, unembedding=identity(VOCABULARY))
             else:
                 parts = view.parts or (("student", 1.0),)
-                views[view.name] = TeacherScores(parts=parts, normalised=view.normalised)
+                views[view.name] = TeacherScores(
+                    parts=parts, normalised=view.normalised, mix=view.mix
+                )
         top = self.case.rows(self.rollout_logits).argsort(-1, descending=True)
         return self.case.batch(
             special_ids=special_ids, **{"views": views, "student_top_ids": top, **self.token}

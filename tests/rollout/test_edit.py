@@ -62,6 +62,17 @@ def test_put_replaces_sequences_and_leaves_the_others() -> None:
     assert again.group.tolist() == [0, 1]
 
 
+def test_reasons_go_where_their_sequences_go() -> None:
+    judged = replace(three(), reasons=("a", "b", "c"))
+    assert take(judged, [2, 0]).reasons == ("c", "a")
+    assert take(three(), [2, 0]).reasons == ()
+    assert put(judged, [1], take(judged, [2])).reasons == ("a", "c", "c")
+    assert put(judged, [1], take(three(), [2])).reasons == ("a", "", "c")
+    assert put(three(), [1], take(judged, [2])).reasons == ("", "c", "")
+    assert put(three(), [1], take(three(), [2])).reasons == ()
+    assert cut(judged, 1).reasons == ("a", "b", "c")
+
+
 def test_cut_ends_by_length_only_what_loses_tokens() -> None:
     short = cut(three(), 2)
     assert short.tokens.tolist() == [[11, 12], [21, 0], [31, 32]]

@@ -303,6 +303,12 @@ def test_merged_groups_stay_apart_and_samples_of_one_prompt_together() -> None:
     assert merged.group.tolist() == [0, 0, 1, 2, 2, 3]
 
 
+def test_merging_keeps_what_the_verifier_said() -> None:
+    judged, unjudged = replace(ragged(0, (4, 2)), reasons=("a", "b")), ragged(1, (6,))
+    assert merge_rollouts([judged, unjudged], pad_id=PAD).reasons == ("a", "b", "")
+    assert merge_rollouts([unjudged, unjudged], pad_id=PAD).reasons == ()
+
+
 def test_merging_keeps_the_samplers_top_ids() -> None:
     def with_ids(part: Rollout, k: int) -> Rollout:
         ids = torch.arange(part.tokens.numel() * k).reshape(*part.tokens.shape, k)

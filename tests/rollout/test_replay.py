@@ -33,6 +33,7 @@ def written(step: int, start: int, prompts: int = 3, samples: int = 2) -> Rollou
         policy_version=torch.where(mask, step, -1),
         group=torch.arange(prompts).repeat_interleave(samples),
         verdict=torch.rand(rows),
+        reasons=tuple(f"step {step}, row {row}" for row in range(rows)),
         prompts=tuple(records),
         model_inputs=({},) * rows,
     )
@@ -78,6 +79,7 @@ def test_tokens_come_back_as_they_were_written() -> None:
     assert torch.equal(drawn.mask, original.mask)
     assert torch.equal(drawn.verdict, original.verdict)
     assert drawn.stop_reason == original.stop_reason
+    assert drawn.reasons == original.reasons
 
 
 def test_text_older_than_the_window_is_forgotten() -> None:
@@ -104,5 +106,6 @@ def test_a_restored_buffer_goes_on_with_the_same_draws() -> None:
         assert one.prompts == two.prompts
         assert one.prompt_ids == two.prompt_ids
         assert one.stop_reason == two.stop_reason
+        assert one.reasons == two.reasons
         for name in ("tokens", "sampler_logp", "policy_version", "group", "verdict", "mask"):
             assert torch.equal(getattr(one, name), getattr(two, name)), name

@@ -21,9 +21,10 @@ from opd.training.evaluate import (
     evaluate,
     mean_over_prompts,
     pass_at_k,
+    verify_rollout,
     wilson,
 )
-from opd.types import Prompt, SamplerSettings, Verdict
+from opd.types import Prompt, Rollout, SamplerSettings, Stat, Verdict
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -139,6 +140,35 @@ def test_mean_at_n_and_pass_at_1_agree_and_pass_grows_with_k(
     assert 0 < passes[0] < passes[1] < passes[2] <= 1
     assert figures(student, prompts, samples=8, ks=(1, 2, 8)) == result
     assert figures(student, prompts, samples=8, ks=(1, 2, 8), seed=1) != result
+
+
+def test_a_verified_rollout_knows_verdicts_and_reasons(
+    student: LoadedModel, prompts: tuple[Prompt, ...]
+) -> None:
+    def reasoned(prompt: Prompt, response: str, *, finished: bool) -> Verdict:
+        return Verdict(0.25, f"{prompt.id}: {response} {finished}")
+
+    drawn = LocalSampler(student).sample(
+        prompts, SamplerSettings(max_new_tokens=4), generator=torch.Generator().manual_seed(0)
+    )
+    judged, texts = verify_rollout(drawn, reasoned, student.tokenizer)
+    assert judged.verdict.tolist() == [0.25] * 7
+    finished = [reason != "length" for reason in drawn.stop_reason]
+    said = zip(prompts, texts, finished, strict=True)
+    assert judged.reasons == tuple(f"{p.id}: {text} {ended}" for p, text, ended in said)
+    assert verify_rollout(drawn, None, student.tokenizer)[0].reasons == ()
+
+
+def test_further_metrics_are_of_the_greedy_responses_alone(
+    student: LoadedModel, prompts: tuple[Prompt, ...]
+) -> None:
+    def measured(rollout: Rollout) -> dict[str, Stat]:
+        return {"tokens": Stat(float(rollout.lengths.sum()), float(len(rollout.prompt_ids)))}
+
+    for size in (256, 2):
+        found = figures(student, prompts, measured=measured, max_sequences=size, samples=2)
+        assert found.metrics == {"tokens": Stat(found.tokens, 7)}
+    assert figures(student, prompts).metrics == {}
 
 
 def test_without_a_verifier_there_is_text_and_no_accuracy(

@@ -271,3 +271,47 @@ def test_a_score_of_tokens_asks_one_number_of_its_parts() -> None:
         SamplerSettings(),
     )
     assert reply_is_distribution(whole.needs, "teacher.before")
+
+
+# --------------------------------------------------------------------------------------------
+# Arithmetic mixtures
+
+
+MIXED = TeacherView(
+    "teacher.mix", "combination", parts=(("reference", 0.25), ("teacher", 0.75)), mix="arithmetic"
+)
+
+
+def asked_of(*terms: Dense | Sampled, views: tuple[TeacherView, ...] = ()) -> dict[str, set[str]]:
+    """What plain views are asked for, where terms follow a mixture."""
+    plan = make_plan(
+        Method(Objective(*terms), views=(TeacherView(), REFERENCE, MIXED, *views)), PLAIN
+    )
+    return {
+        name: {f"{need.field} {need.support}" for need in plan.needs if need.view == name}
+        for name in ("teacher", "reference")
+    }
+
+
+def test_a_mixture_of_which_tokens_alone_are_asked_asks_its_parts_for_no_more() -> None:
+    told = asked_of(replace(LOG_RATIO, against="teacher.mix"))
+    assert told == {"teacher": {"logp sampled"}, "reference": {"logp sampled"}}
+    whole = asked_of(replace(REVERSE_KL, against="teacher.mix"))
+    assert whole == {"teacher": {"log_probs full"}, "reference": {"log_probs full"}}
+
+
+def test_a_mixture_inside_another_combination_is_made_whole() -> None:
+    outer = TeacherView("teacher.outer", "combination", parts=(("teacher.mix", 1.5),))
+    both = asked_of(
+        replace(LOG_RATIO, against="teacher.mix"),
+        replace(REVERSE_KL, against="teacher.outer"),
+        views=(outer,),
+    )
+    assert both == {"teacher": {"log_probs full"}, "reference": {"log_probs full"}}
+
+
+def test_a_signal_that_reads_a_mixture_takes_a_visit_because_nobody_tells_its_numbers() -> None:
+    term = replace(RETURNS, against="teacher.mix")
+    plan = make_plan(Method(Objective(term), views=(TeacherView(), REFERENCE, MIXED)), PLAIN)
+    assert plan.same_policy
+    assert visits(plan)["signal"] == 1

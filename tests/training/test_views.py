@@ -332,6 +332,28 @@ def test_the_average_of_a_run_follows_its_updates(
     assert any((teacher.average[n] - p).abs().max() > 1e-5 for n, p in trained.items())
 
 
+def test_with_an_adapter_only_its_factors_are_averaged_and_saved_and_the_base_is_the_students(
+    tmp_path: Path,
+) -> None:
+    """End to end: the live teacher, what a checkpoint holds of it, and what it reads."""
+    run = self_run(tmp_path, SELVES["average"], LORA, {"train": {"steps": 2}})
+    session = open_session(run)
+    finish(run, session=session)
+    teacher = session.teachers["teacher"]
+    assert isinstance(teacher, AverageTeacher)
+    student_model: Any = session.student.loaded.model
+    teacher_model: Any = teacher.loaded.model
+    own, held = dict(student_model.named_parameters()), dict(teacher_model.named_parameters())
+    factors = {name for name in own if ".lora_A." in name or ".lora_B." in name}
+    assert factors == set(teacher.average) == set(session.student.trainable())
+    assert all(held[name] is own[name] for name in own.keys() - factors)
+    assert all(held[name] is not own[name] for name in factors)
+    newest = tmp_path / "run" / "checkpoints" / "step-2"
+    saved = torch.load(newest / "tensors.pt", weights_only=True)["averages"]["teacher"]
+    assert set(saved) == factors
+    assert all(torch.equal(saved[name], held[name].float()) for name in factors)
+
+
 def test_a_frozen_self_compares_with_the_student_at_the_start_of_the_train_phase(
     tmp_path: Path,
 ) -> None:

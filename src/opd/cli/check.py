@@ -25,7 +25,7 @@ def main(arguments: Namespace) -> int:
     if len(arguments.files) > 1:
         return check_several(arguments)
     run = load(arguments.files[0] if arguments.files else None, arguments.overrides)
-    report = _examined(run)
+    report = _examined(run, live=arguments.live)
     failed = _failed(report)
     if arguments.json:
         print_json(_rows(run.source, report))
@@ -43,7 +43,7 @@ def check_several(arguments: Namespace) -> int:
     screen, failures = console(), 0
     rows: list[dict[str, object]] = []
     for file in arguments.files:
-        report = _reported(file, arguments.overrides)
+        report = _reported(file, arguments.overrides, live=arguments.live)
         failures += _failed(report)
         if arguments.json:
             rows += _rows(file, report)
@@ -57,20 +57,20 @@ def check_several(arguments: Namespace) -> int:
     return USAGE_ERROR if failures else 0
 
 
-def _reported(file: str, overrides: Sequence[str]) -> CheckReport:
+def _reported(file: str, overrides: Sequence[str], *, live: bool) -> CheckReport:
     try:
         run = load(file, overrides)
     except ConfigError as error:
         from opd.training.check import CheckReport, Finding
 
         return CheckReport((Finding("error", "", str(error)),), ())
-    return _examined(run)
+    return _examined(run, live=live)
 
 
-def _examined(run: Run) -> CheckReport:
+def _examined(run: Run, *, live: bool) -> CheckReport:
     from opd.training.check import examine
 
-    return examine(run)
+    return examine(run, live=live)
 
 
 def _failed(report: CheckReport) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from opd import __version__
+from opd.catalog import constants
 from opd.errors import ConfigError, OpdError, TrainingError, nearest
 
 USAGE_ERROR, TRAINING_ERROR, INTERRUPTED = 2, 1, 130
@@ -51,40 +52,31 @@ examples:
 """
 
 
-AUDIT_ADAPTERS = {
-    "rows": "f(student_logits [N, V], teacher_logits [N, V], tokens [N]) -> [N]; the default",
-    "reduced": "the same arguments -> one number",
-    "linear": "f(student_hidden [N, H], student_weight [V, H], teacher_hidden, teacher_weight, "
-    "tokens) -> one number",
-    "pair": "f(student_logits, teacher_logits) -> [N], [N, V] or one number; no tokens",
-    "logp": "f(student_logp [N], teacher_logp [N]) -> [N] or one number; teacher_first=True",
-    "trl": "TRL: generalized_jsd_loss of GKDTrainer, GOLDTrainer, IWOPDTrainer; beta",
-    "trl_chunked": "TRL: ChunkedDivergenceFunction; beta",
-    "liger": "Liger: a LigerFusedLinear...Loss class of chunked_loss, with its options",
-    "torchrl": "torchrl: DistillationLoss; kl_direction",
-    "ms_swift": "ms-swift: gkd_loss; beta, temperature, top_k",
-    "verl": "verl: distillation_loss; loss_mode, use_policy_gradient, defaults=dataclass or yaml",
-    "verl_policy": "verl: a policy loss of core_algos; loss_agg_mode, clip_ratio, ...",
-    "slime": "slime: f(args, batch, logits, sum_of_sample_mean) -> (loss, metrics)",
-    "nemo_rl": "NeMo-RL: a loss function, class or instance; top_k and the options of its config",
-    "tinker": "tinker: f(data, logprobs) -> (loss, metrics); teacher=KEY, mask=KEY, dense=True",
-}
-"""How `opd audit` calls a loss; those of `opd.audit.adapters`, for people."""
+def _audit_help() -> str:
+    """How losses are called and claims are written, from where both are defined."""
 
-AUDIT_HELP = (
-    "adapters:\n"
-    + "\n".join(f"  {name:<12}{form}" for name, form in AUDIT_ADAPTERS.items())
-    + """
+    def listed(file: str, name: str) -> str:
+        forms = constants(file)[name]
+        width = 2 + max(map(len, forms))
+        return "\n".join(f"  {key:<{width}}{form}" for key, form in forms.items())
+
+    return f"""\
+claims:
+{listed("audit/targets.py", "CLAIM_FORMS")}
+
+adapters:
+{listed("audit/adapters.py", "FORMS")}
 
 Row n's logits predict token n. Of mask [N], old_logp [N], temperature and count (rows that count,
-over all micro-batches) a loss is told those that it names.
+over all micro-batches) a loss is told those that it names. rows, reduced, linear, pair and logp
+take --set teacher_first=True where the teacher's come first.
 
 examples:
   opd audit my_losses:reverse_kl --claim reverse_kl
   opd audit my_losses:jsd --set beta=0.3 --claim jsd:0.3 --card jsd.html
+  opd audit my_losses:likelihood --written-by teacher --claim forward_kl
   opd audit opd.audit.specimens:k3_called_reverse_kl --claim reverse_kl   a known mistake
 """
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,10 +102,13 @@ class Parser(argparse.ArgumentParser):
         else:
             self.add_argument(name, action="store_true", help=help)
 
-    def number(self, name: str, help: str, *, default: int | None = None) -> None:
-        """An option with a whole number >= 1."""
+    def number(
+        self, name: str, help: str, *, default: int | None = None, or_zero: bool = False
+    ) -> None:
+        """An option with a whole number >= 1, or >= 0."""
         self.flags.append(name)
-        self.add_argument(name, type=_at_least_one, metavar="N", default=default, help=help)
+        read = _at_least_zero if or_zero else _at_least_one
+        self.add_argument(name, type=read, metavar="N", default=default, help=help)
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """The command's arguments; `overrides` holds what belongs to the run file.
@@ -249,13 +244,17 @@ def _help() -> str:
 
 
 def _at_least_one(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
-    return number
+    return _whole(text, 1)
+
+
+def _at_least_zero(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+    return int(text)
 
 
 # --------------------------------------------------------------------------------------------
@@ -286,6 +285,7 @@ def _check(parser: Parser) -> None:
     parser.add_argument(
         "files", nargs="*", metavar="RUN.toml", help="run files; without one, the embedded default"
     )
+    parser.flag("--live", "also ask the teachers that have a url, as the run will")
     _json(parser)
 
 
@@ -307,7 +307,7 @@ def _diff(parser: Parser) -> None:
 
 def _audit(parser: Parser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = AUDIT_HELP
+    parser.epilog = _audit_help()
     parser.add_argument(
         "targets",
         nargs="*",
@@ -316,11 +316,11 @@ def _audit(parser: Parser) -> None:
     )
     parser.flag(
         "--claim",
-        "what it should descend: forward_kl, reverse_kl, jsd[:WEIGHT], sequence_reverse_kl, ...; "
-        "sets the exit code: 0 holds, 1 does not, 2 could not be run",
+        "what it should descend (below); sets the exit code: 0 holds, 1 does not, 2 could not be "
+        "run",
         metavar="NAME",
     )
-    parser.flag("--adapter", "how it is called (below)", metavar="NAME", default="rows")
+    parser.flag("--adapter", "how a function is called (below)", metavar="NAME", default="rows")
     parser.flags.append("--set")
     parser.add_argument(
         "--set",
@@ -331,9 +331,9 @@ def _audit(parser: Parser) -> None:
     )
     parser.flag(
         "--written-by",
-        "who wrote the tokens: student (default) or teacher",
+        "who wrote the tokens: student or teacher; by default the student, for a method whom its "
+        "state source says",
         metavar="WHO",
-        default="student",
     )
     parser.flag("--card", "write the verdict as an HTML page", metavar="FILE")
     parser.flag("--self-test", "audit the known mistakes that come with opd")
@@ -377,6 +377,27 @@ def _eval(parser: Parser) -> None:
     _json(parser)
 
 
+def _serve(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id or builtin:sort-teacher")
+    parser.flag("--host", "to listen on (default 127.0.0.1)", metavar="HOST", default="127.0.0.1")
+    parser.number("--port", "0 takes a free one (default 8765)", default=8765, or_zero=True)
+    parser.flag(
+        "--key-env",
+        "environment variable that holds the key clients must show; needed for any other host",
+        metavar="NAME",
+        default="",
+    )
+    parser.flag("--name", "what clients are told the model is called", metavar="NAME", default="")
+    parser.flag("--device", "auto, cpu, cuda or cuda:N", metavar="DEVICE", default="auto")
+    parser.flag("--dtype", "auto, float32, bfloat16 or float16", metavar="DTYPE", default="auto")
+    parser.flag("--revision", "of a hub id", metavar="REVISION", default="")
+    parser.flag("--trust-remote-code", "run code that comes with the model")
+    parser.number("--max-tokens", "padded tokens per forward (default 16384)", default=16384)
+    parser.number("--drain-s", "seconds to finish in when stopped (default 60)", default=60)
+    parser.number("--threads", "CPU threads (default: PyTorch's choice)", default=0, or_zero=True)
+    _json(parser)
+
+
 def _sample(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.number("--prompts", "so many test prompts (default 4)", default=4)
@@ -399,6 +420,7 @@ COMMANDS: dict[str, Command] = {
     "audit": Command(
         "audit", "what a loss really descends, whatever its name", _audit, overrides=True
     ),
+    "serve": Command("serve", "score for runs elsewhere: a teacher behind a URL", _serve),
     "diff": Command("diff", "the variables in which two methods differ", _diff),
     "list": Command("listing", "methods, formulas, rules, tasks or runs", _list),
 }

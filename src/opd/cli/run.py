@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from opd.cli.output import console, duration, interval, number, print_json, table
 from opd.errors import ConfigError
@@ -35,6 +36,8 @@ def main(arguments: Namespace) -> int:
         try:
             for report in train_run(run, resume=resume):
                 track.add(report)
+                for note in report.notes:
+                    screen.print(f"note: {note}")
                 if report.summary is None:
                     view.show()
                 coming = _next_act(report)
@@ -82,12 +85,16 @@ def print_outcome(
     for who, score in (("start", start), ("end", end), ("teacher", summary["teacher_accuracy"])):
         if score and score["value"] is not None:
             figures.add_row(who, number(score["value"]), interval(score), f"{score['n']:,}")
+    for who, score in _readers(summary.get("privilege", {})):
+        figures.add_row(who, number(score["value"]), interval(score), f"{score['n']:,}")
     if summary["gain"] is not None:
         figures.add_row("gain", f"{summary['gain']:+.3f}")
     if figures.row_count:
         screen.print(figures)
     else:
         screen.print("no accuracy: the prompts have neither answers nor a verifier")
+    for part in _teachers(summary.get("teachers", {})):
+        screen.print(part)
     screen.print(
         f"{summary['method']}: {duration(summary['seconds'])}, {summary['tokens']:,} tokens, "
         f"{summary['peak_mb']:,.0f} MB at the peak"
@@ -100,6 +107,45 @@ def print_outcome(
         soft_wrap=True,
     )
     screen.print(f"Next: {_what_to_try(folder, summary, file)}", soft_wrap=True)
+
+
+def _readers(known: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The student that reads what a view reads, at start and end, where that was measured."""
+    several = len(known.get("start", {}) | known.get("final", {})) > 1
+    for when in ("start", "final"):
+        for view, found in known.get(when, {}).items():
+            score = found.get("reading")
+            if score and score["value"] is not None:
+                as_whom = f" of {view}" if several else ""
+                yield f"{'start' if when == 'start' else 'end'}, context{as_whom} read", score
+
+
+def _teachers(known: Mapping[str, Any]) -> Iterator[Table]:
+    """Of several teachers: how each route fared, what each had to say, how far they disagree."""
+    if routes := known.get("routes"):
+        made = table("task", "teacher", "its own", "start", "end", "", right=("its own",))
+        for row in routes:
+            own = row["teacher_accuracy"]
+            made.add_row(
+                row["task"] or "-",
+                row["teacher"],
+                number(own["value"]) if own else "-",
+                *(f"{number(row[at]['value'])} ({interval(row[at])})" for at in ("start", "final")),
+                "" if row["change"] == "same" else row["change"],
+            )
+        yield made
+    if models := known.get("models"):
+        columns = {"share": "share of tokens", "log_ratio": "log-ratio", "seconds": "s per step"}
+        made = table("teacher", *columns.values(), right=tuple(columns.values()))
+        for name, row in models.items():
+            made.add_row(name, *(number(row.get(key)) for key in columns))
+        yield made
+    if pairs := known.get("conflict"):
+        made = table("A", "B", "KL(A || B)", "KL(B || A)", "cosine of gradients")
+        for row in pairs:
+            figures = (row.get(key) for key in ("kl", "kl_back", "cosine"))
+            made.add_row(row["first"], row["second"], *map(number, figures))
+        yield made
 
 
 def _what_to_try(folder: Path, summary: Mapping[str, Any], file: str | None) -> str:

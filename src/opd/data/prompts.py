@@ -15,7 +15,7 @@ from opd.data.chat import Ids, encode_pairs, encode_prompts
 from opd.data.records import encode_records
 from opd.data.settings import PromptSettings
 from opd.data.sources import read_records
-from opd.data.tasks import Example, Task, answer_of, find_task, text_hash
+from opd.data.tasks import Example, Task, answer_of, find_tasks, text_hash
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
 
@@ -190,7 +190,8 @@ def load_prompts(
 
     Args:
         source: a JSON Lines or Parquet file, a folder written by `datasets`, a hub id
-            `owner/name`, `task:NAME` (its endless training stream), or a list of texts or records.
+            `owner/name`, `task:NAME` (its endless training stream; `task:add+sort` takes from
+            several in turn), or a list of texts or records.
         settings: how records become prompts; no use for a task.
         base_folder: where a relative path starts; the working folder if not given.
         eos_ids: ids besides the tokenizer's own that end a response.
@@ -257,6 +258,7 @@ def task_prompts(
     """Prompts of a built-in task, with the worked solution as the data's response.
 
     Args:
+        name: of a task, or of several, `add+sort`, from which prompts come in turn.
         count: so many distinct prompts, chosen by `seed`; None for the endless stream, whose
             seed is the cursor's.
 
@@ -264,18 +266,34 @@ def task_prompts(
         ConfigError: no such task or split.
         DataError: fewer distinct prompts than asked for.
     """
-    task = find_task(name)
+    tasks = find_tasks(name)
     source = f"{TASK_PREFIX}{name}/{split}"
     if count is not None:
-        examples = task.prompts(split, count=count, seed=seed)
-        return PromptSet(source, tuple(_encode_examples(task, examples, tokenizer, eos_ids)))
+        shares = [len(range(place, count, len(tasks))) for place in range(len(tasks))]
+        per_task = [
+            _encode_examples(task, task.prompts(split, count=share, seed=seed), tokenizer, eos_ids)
+            for task, share in zip(tasks, shares, strict=True)
+        ]
+        return PromptSet(source, tuple(_in_turn(per_task, range(count))))
 
     def generate(seed: int, start: int, count: int, with_responses: bool) -> list[Prompt]:
-        indices = range(start, start + count)
-        examples = [task.item(split, seed=seed, index=index) for index in indices]
-        return _encode_examples(task, examples, tokenizer, eos_ids, with_responses=with_responses)
+        places = range(start, start + count)
+        per_task = []
+        for number, task in enumerate(tasks):
+            own = (place // len(tasks) for place in places if place % len(tasks) == number)
+            examples = [task.item(split, seed=seed, index=index) for index in own]
+            per_task.append(
+                _encode_examples(task, examples, tokenizer, eos_ids, with_responses=with_responses)
+            )
+        return _in_turn(per_task, places)
 
     return PromptSet(source, generate=generate)
+
+
+def _in_turn(per_task: Sequence[Sequence[Prompt]], places: range) -> list[Prompt]:
+    """One prompt of each task after another, at these places of the walk."""
+    left = [iter(prompts) for prompts in per_task]
+    return [next(left[place % len(left)]) for place in places]
 
 
 def _encode_examples(

@@ -28,12 +28,14 @@ __all__ = [
     "Task",
     "build_tokenizer",
     "find_task",
+    "find_tasks",
     "split_of",
 ]
 
 SPLITS = ("train", "validation", "test")
 
 ANSWER_MARK = ">"
+TASK_SEPARATOR = "+"
 _DIGITS = "0123456789"
 _TRAIN_SHARE, _VALIDATION_SHARE = 0.8, 0.1
 # A split holds at least a tenth of the prompts, so that many failures in a row mean that the task
@@ -173,6 +175,14 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise ConfigError(f"there is no task {name!r}. {nearest(name, TASKS)}")
     return TASKS[name]
+
+
+def find_tasks(names: str) -> tuple[Task, ...]:
+    """The tasks of a name such as `add+sort`, or a `ConfigError` naming the nearest."""
+    found = tuple(find_task(name) for name in names.split(TASK_SEPARATOR))
+    if len(set(found)) < len(found):
+        raise ConfigError(f"the tasks {names!r} name one of them twice; name each once")
+    return found
 
 
 def _check_split(split: str) -> None:

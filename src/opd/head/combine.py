@@ -1,4 +1,4 @@
-"""Log-linear combinations of distributions, a chunk of rows at a time."""
+"""Combinations of distributions, log-linear and arithmetic, a chunk of rows at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opd.errors import TeacherError
+from opd.types import WEIGHT_SLACK
 
 
 def log_linear(
@@ -47,6 +48,41 @@ def log_linear(
         finite = [w * chosen[name].masked_fill(empty, 0.0) for name, w in counted.items()]
         total = torch.stack(finite).sum(0).masked_fill(empty, -math.inf)
     return total.log_softmax(-1)
+
+
+def log_mean(
+    view: str, parts: Mapping[str, Float[Tensor, "*n"]], weights: Mapping[str, float]
+) -> Float[Tensor, "*n"]:
+    """The log of the weighted mean of probabilities: the arithmetic mixture.
+
+        log q = log sum_k weight_k * part_k
+
+    Entry by entry, so it says of single tokens what it says of the whole vocabulary, and is
+    normalised where its parts are. One part of weight 1 is that part, bit for bit; a part of weight
+    0 does not count. Zero mass: an entry has none where no part gives it any.
+
+    Args:
+        view: the combination's name, for messages.
+        parts: log-probabilities by name; those of weight 0 may be left out.
+        weights: one per part, >= 0, 1 in all.
+
+    Raises:
+        TeacherError: weights that are no shares.
+
+    Source: the mixture of experts' distributions, Hinton et al., arXiv:1503.02531, section 2; the
+        minimiser of the weighted sum of forward KLs, table 6 of arXiv:2606.22793.
+    """
+    total = sum(weights.values())
+    if min(weights.values()) < 0 or abs(total - 1) > WEIGHT_SLACK:
+        raise TeacherError(
+            f"the view {view!r} is an arithmetic mixture, whose weights are >= 0 and sum to 1; "
+            f"got {dict(weights)}"
+        )
+    counted = {name: weight for name, weight in weights.items() if weight != 0}
+    if len(counted) == 1:
+        return parts[next(iter(counted))]
+    weighed = [parts[name] + math.log(weight) for name, weight in counted.items()]
+    return torch.stack(weighed).logsumexp(0)
 
 
 def log_sum(

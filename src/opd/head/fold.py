@@ -266,8 +266,8 @@ def fold_weight(
     """
     if objective is None or "teacher" not in views or not objective.views() <= {"teacher"}:
         return None
-    scores, head = views["teacher"], views["teacher"].unembedding
-    if scores.hidden is None or head is None or head.vocab_size != vocab_size:
+    scores = views["teacher"]
+    if scores.hidden is None or {head.vocab_size for head in scores.unembeddings} != {vocab_size}:
         return None
     if any(part is not None for part in (scores.log_probs, scores.row_index, scores.id_map)):
         return None

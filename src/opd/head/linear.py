@@ -7,14 +7,32 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd.head.products import gathered
-from opd.head.visit import HIDDEN, Asked, Budget, Seen, budget_on, sum_terms, visit
+from opd.head.visit import (
+    HIDDEN,
+    NAMED,
+    RATIOS,
+    Asked,
+    Budget,
+    Seen,
+    budget_on,
+    sum_terms,
+    visit,
+)
 from opd.objective import Objective
-from opd.types import Batch, FieldKey, Provenance, Stat, Unembedding, pack_rows
+from opd.types import (
+    Batch,
+    FieldKey,
+    Provenance,
+    Stat,
+    TeacherScores,
+    Unembedding,
+    pack_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,7 @@ def linear_head(
 
     Returns:
         `rows` holds, per term, `loss/<label>`, and `student_logp`, `student_entropy` and, with a
-        view called teacher, `log_ratio`.
+        view called teacher, `log_ratio`; with one called teacher.NAME, `log_ratio/NAME`.
 
     Raises:
         TeacherError: a view that does not answer what the objective compares.
@@ -169,14 +187,42 @@ def _stats(seen: Seen, batch: Batch) -> dict[str, Stat]:
     token = batch.token
     by_student = pack_rows(token.provenance, token.mask) == int(Provenance.STUDENT)
     stats["student/entropy"] = _stat(seen.rows["student_entropy"], by_student)
-    if "log_ratio" in seen.rows:
-        ratio = seen.rows["log_ratio"]
+    ratio = seen.rows.get("log_ratio")
+    if ratio is not None:
         stats["teacher/log_ratio"] = _stat(ratio, by_student & ~ratio.isnan())
     for name, view in token.views.items():
         if view.row_index is not None:
             missing = view.row_index < 0
             stats[f"unanswered/{name}"] = _stat(missing.float(), torch.ones_like(missing))
+        if name.startswith(NAMED) and not view.parts:
+            own = seen.rows.get(RATIOS + name.removeprefix(NAMED))
+            stats |= _of_model(name.removeprefix(NAMED), view.row_index, own, by_student)
+    for name, view in token.views.items():
+        if view.answered_by is not None:
+            said = ratio if name == "teacher" else None
+            for place, model in enumerate(view.names):
+                rows = torch.where(_of_rows(view) == place, 0, -1)
+                stats |= _of_model(model, rows, said, by_student)
     return {name: stat for name, stat in stats.items() if stat.count}
+
+
+def _of_model(
+    name: str, answered: Tensor | None, ratio: Tensor | None, by_student: Tensor
+) -> dict[str, Stat]:
+    """The share of the rows that one of several models answered, and what it said of them."""
+    rows = torch.ones_like(by_student) if answered is None else answered >= 0
+    stats = {f"teacher/{name}/share": _stat(rows.float(), torch.ones_like(rows))}
+    if ratio is not None:
+        stats[f"teacher/{name}/log_ratio"] = _stat(ratio, rows & by_student & ~ratio.isnan())
+    return stats
+
+
+def _of_rows(view: TeacherScores) -> Int[Tensor, " N"]:
+    """Which model answered each row; -1 where none did."""
+    assert view.answered_by is not None
+    if view.row_index is None:
+        return view.answered_by
+    return torch.where(view.row_index < 0, -1, view.answered_by[view.row_index.clamp(min=0)])
 
 
 def _stat(value: Tensor, chosen: Tensor) -> Stat:

@@ -8,18 +8,21 @@ and returns float32.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd.types import Unembedding
 
 TILE_BYTES = 32 * 2**20
 """What a widened tile of an unembedding may take."""
+
+TILE_ROWS = 128
+"""Rows that are projected beside their place, where neighbours have another head."""
 
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -71,6 +74,35 @@ def logits_into(
         out.mul_(unembedding.logit_scale)
     if unembedding.soft_cap is not None:
         out.div_(unembedding.soft_cap).tanh_().mul_(unembedding.soft_cap)
+
+
+def logits_by_head_into(
+    out: Float[Tensor, "n V"],
+    hidden: Float[Tensor, "n H"],
+    heads: Sequence[Unembedding | None],
+    answered_by: Int[Tensor, " n"],
+) -> None:
+    """Write logits over `out` where each row has its own of several heads.
+
+    Rows of one head are projected together, `TILE_ROWS` of them at a time beside `out`; in place
+    where all have the same.
+
+    Args:
+        hidden: as wide as the widest head; a narrower one reads its first columns.
+        answered_by: the place of each row's head.
+    """
+    places = answered_by.bincount().nonzero().squeeze(-1).tolist()
+    for place in places:
+        head = heads[place]
+        assert head is not None
+        states = hidden[:, : head.weight.shape[1]]
+        if len(places) == 1:
+            logits_into(out, states.contiguous(), head)
+            return
+        for rows in (answered_by == place).nonzero().squeeze(-1).split(TILE_ROWS):
+            some = torch.empty((len(rows), out.shape[1]), dtype=out.dtype, device=out.device)
+            logits_into(some, states[rows], head)
+            out[rows] = some
 
 
 def through_transformations(

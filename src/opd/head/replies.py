@@ -42,19 +42,56 @@ def check_reply(view: str, scores: TeacherScores, *, rows: int) -> None:
             f"the row_index of the view {view!r} names row {int(index.max())}, and it has "
             f"{answers} rows of answers; -1 stands for a row without one"
         )
-    if scores.hidden is not None and scores.unembedding is None and scores.log_probs is None:
+    if scores.hidden is not None and not scores.unembeddings and scores.log_probs is None:
         raise TeacherError(
             f"the view {view!r} returned hidden states without the unembedding that turns them "
             "into logits; return both, or log_probs"
         )
+    if scores.names or scores.heads or scores.answered_by is not None:
+        _check_models(view, scores, scores.answered_by)
     if scores.id_map is not None:
         _check_id_map(view, scores, scores.id_map)
 
 
+def _check_models(view: str, scores: TeacherScores, answered_by: Int[Tensor, " M"] | None) -> None:
+    """Several models: each row names one of them, and each has a head that fits, or none has."""
+    names, heads = scores.names, scores.heads
+    if answered_by is None or not names or (heads and len(heads) != len(names)):
+        raise TeacherError(
+            f"the view {view!r} is answered by several models: names, heads and answered_by belong "
+            f"together, one head per name or none; got {len(names)} names, {len(heads)} heads and "
+            f"{'no ' if answered_by is None else ''}answered_by"
+        )
+    if len(answered_by) and not 0 <= int(answered_by.min()) <= int(answered_by.max()) < len(names):
+        raise TeacherError(
+            f"answered_by of the view {view!r} names the model {int(answered_by.max())}, and there "
+            f"are {len(names)}, from 0 on"
+        )
+    known = {name: head for name, head in zip(names, heads, strict=False) if head is not None}
+    if heads and len(answered_by):
+        for place in answered_by.bincount().nonzero().squeeze(-1).tolist():
+            if heads[place] is None:
+                raise TeacherError(
+                    f"the view {view!r} has rows that {names[place]!r} answered, and no head of it"
+                )
+    sizes = {name: head.vocab_size for name, head in known.items()}
+    if len(set(sizes.values())) > 1:
+        raise TeacherError(
+            f"the view {view!r} is answered by models of different vocabularies: {sizes} tokens"
+        )
+    wide = 0 if scores.hidden is None else scores.hidden.shape[-1]
+    for name, head in known.items():
+        if scores.hidden is not None and head.weight.shape[1] > wide:
+            raise TeacherError(
+                f"the view {view!r}: the head of {name!r} reads {head.weight.shape[1]} hidden "
+                f"units, and hidden has {wide}; pad it to the widest"
+            )
+
+
 def _check_id_map(view: str, scores: TeacherScores, id_map: Int[Tensor, " V"]) -> None:
     known = None if scores.log_probs is None else scores.log_probs.shape[-1]
-    if known is None and scores.unembedding is not None:
-        known = scores.unembedding.vocab_size
+    if known is None and scores.unembeddings:
+        known = scores.unembeddings[0].vocab_size
     highest = int(id_map.max())
     if highest < 0 or (known is not None and highest >= known):
         named = "no token" if highest < 0 else f"token {highest}"

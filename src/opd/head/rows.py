@@ -17,7 +17,7 @@ from opd.fields import FIELDS, positional_names
 from opd.formula import divergence
 from opd.formula import support as supports
 from opd.head import closed as forms
-from opd.head.combine import log_linear, log_sum
+from opd.head.combine import log_linear, log_mean, log_sum
 from opd.head.replies import Entries
 from opd.objective import field_key
 from opd.terms import Term, term_key, top_k
@@ -189,6 +189,9 @@ class BlockFields:
     def has_distribution(self, view: str) -> bool:
         """Whether a view said enough for its whole distribution."""
         scores = self._scores(view)
+        if self._is_a_mixture(view):
+            counted = [name for name, weight in scores.parts if weight and name != STUDENT_PART]
+            return all(map(self.has_distribution, counted))
         return bool(scores.parts) or scores.hidden is not None or scores.log_probs is not None
 
     def _restrict_view(self, key: FieldKey) -> Tensor:
@@ -256,7 +259,9 @@ class BlockFields:
 
         None where it says nothing of single tokens.
         """
-        if self._scores(view).sampled_logp is None and not self.has_distribution(view):
+        scores = self._scores(view)
+        silent = scores.sampled_logp is None and not scores.parts
+        if silent and not self.has_distribution(view):
             entries = self.entries(view)
             if entries is None:
                 return None
@@ -311,6 +316,9 @@ class BlockFields:
     def _teacher_logp(self, key: FieldKey) -> Float[Tensor, " n"]:
         if self._is_a_sum(key.view):
             return self._sum(key, FieldKey("student_logp"))
+        if self._is_a_mixture(key.view):
+            plain = replace(key, smoothing=0.0)
+            return self._smoothed(self._sum(plain, FieldKey("student_logp")), key)
         known, tokens = self._scores(key.view).sampled_logp, self._tokens()
         if known is None and not self.has_distribution(key.view):
             entries = self.entries(key.view)
@@ -400,20 +408,27 @@ class BlockFields:
             for name, weight in weights.items()
             if weight
         }
-        return log_linear(view, parts, weights)
+        combine = log_mean if scores.mix == "arithmetic" else log_linear
+        return combine(view, parts, weights)
 
     def _is_a_sum(self, view: str) -> bool:
         return not self._scores(view).normalised
 
+    def _is_a_mixture(self, view: str) -> bool:
+        scores = self._scores(view)
+        return bool(scores.parts) and scores.mix == "arithmetic"
+
     def _sum(self, key: FieldKey, of_student: FieldKey) -> Tensor:
-        """A field of a combination that is not normalised, from the same field of its parts."""
+        """A field of single tokens, of a combination that is made entry by entry, from the same
+        field of its parts."""
         weights = dict(self._scores(key.view).parts)
         parts = {
             name: self(of_student if name == STUDENT_PART else replace(key, view=name)).detach()
             for name, weight in weights.items()
             if weight
         }
-        total = log_sum(key.view, parts, weights)
+        combine = log_mean if self._is_a_mixture(key.view) else log_sum
+        total = combine(key.view, parts, weights)
         return self._agreeing(key.view, total, lambda: self(of_student).detach())
 
     def _scores(self, view: str) -> TeacherScores:

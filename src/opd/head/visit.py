@@ -40,6 +40,9 @@ from opd.types import (
 PRODUCT_TILE = 128
 """Rows that matrix products take at once."""
 
+NAMED, RATIOS = "teacher.", "log_ratio/"
+"""What views of further teachers are called, and the by-product that holds their log-ratios."""
+
 HIDDEN = FieldKey("student_hidden")
 GRADIENT_NORM = FieldKey("logit_gradient_norm")
 
@@ -259,9 +262,12 @@ class _Chunks:
             if name not in view_logits:
                 view = scores[name]
                 assert view.hidden is not None
-                assert view.unembedding is not None
-                out = self._buffer(f"view {name}", view.hidden, view.unembedding)[:size]
-                products.logits_into(out, view.hidden, view.unembedding)
+                out = self._buffer(f"view {name}", view.hidden, view.unembeddings[0])[:size]
+                if view.heads:
+                    assert view.answered_by is not None
+                    products.logits_by_head_into(out, view.hidden, view.heads, view.answered_by)
+                else:
+                    products.logits_into(out, view.hidden, view.unembeddings[0])
                 view_logits[name] = out
             return view_logits[name]
 
@@ -418,10 +424,10 @@ class _Chunks:
         seen.rows = {f"loss/{label}": value for label, value in seen.losses.items()}
         seen.rows["student_logp"] = look_up(FieldKey("student_logp"))
         seen.rows["student_entropy"] = look_up(FieldKey("student_entropy"))
-        if "teacher" in self._batch.token.views:
-            ratio = look_up.log_ratio("teacher")
+        for name, row in self._ratios.items():
+            ratio = look_up.log_ratio(name)
             if ratio is not None:
-                seen.rows["log_ratio"] = ratio
+                seen.rows[row] = ratio
         return seen
 
     def _note_replaced(self, look_up: BlockFields, seen: Seen) -> None:
@@ -481,6 +487,14 @@ class _Chunks:
                 packed = merged_tokens(packed, self._batch.merge_ids)
             self._packed[name] = packed
         return self._packed[name][rows]
+
+    @cached_property
+    def _ratios(self) -> dict[str, str]:
+        """By view, what the by-product is called that holds its log-ratio to the student."""
+        views = self._batch.token.views
+        named = [name for name in views if name.startswith(NAMED) and not views[name].parts]
+        own = {"teacher": "log_ratio"} if "teacher" in views else {}
+        return own | {name: RATIOS + name.removeprefix(NAMED) for name in named}
 
     @cached_property
     def _teacher_weight(self) -> float | None:
@@ -545,16 +559,19 @@ class _OfBlock:
 
 
 def _gathered(scores: TeacherScores) -> TeacherScores:
-    if scores.unembedding is None:
-        return scores
-    return replace(scores, unembedding=products.gathered(scores.unembedding))
+    one = scores.unembedding
+    return replace(
+        scores,
+        unembedding=None if one is None else products.gathered(one),
+        heads=tuple(head and products.gathered(head) for head in scores.heads),
+    )
 
 
 def _logit_bytes(scores: TeacherScores) -> int:
     """What the logits of one row of a view take, where they are projected here."""
-    if scores.log_probs is not None or scores.hidden is None or scores.unembedding is None:
+    if scores.log_probs is not None or scores.hidden is None or not scores.unembeddings:
         return 0
-    return products.wide_dtype(scores.hidden).itemsize * scores.unembedding.vocab_size
+    return products.wide_dtype(scores.hidden).itemsize * scores.unembeddings[0].vocab_size
 
 
 def sum_terms(parts: list[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:

@@ -139,6 +139,7 @@ from opd.methods.switching import (
 from opd.methods.targets import (
     ar_opd,
     compass_opd,
+    deepseek_v4,
     direct_opd,
     edge_opd,
     erpd,
@@ -170,6 +171,7 @@ __all__ = [
     "context_distillation",
     "cr_opd",
     "dagger",
+    "deepseek_v4",
     "direct_opd",
     "distilled_rl",
     "distillm",

@@ -57,6 +57,55 @@ def veto(*, share: float | Schedule = FADING_BRIDGE) -> Method:
     )
 
 
+def deepseek_v4(
+    *, teachers: tuple[str, ...] = ("first", "second"), weights: tuple[float, ...] = ()
+) -> Method:
+    """Reverse KL to each of several specialists on every token, weighted.
+
+        L = mean over tokens of sum_k w_k KL(student || teacher_k)(prefix)
+
+    With W the sum of the weights this is W KL(student || mean) and a constant, where mean is
+    proportional to the product of teacher_k^(w_k / W): the fixed point prefers what no teacher
+    forbids. Its gradient is that of one reverse KL to the log-linear combination, and it costs a
+    projection of every teacher.
+
+    Args:
+        teachers: names of `[teachers.NAME]` in the run file.
+        weights: one per teacher, positive; empty: the same for all, 1 in all.
+
+    Source: DeepSeek-V4, arXiv:2606.19348.
+    Evidence: E0
+    Formula: note
+    Stationary: its combination
+    Settings: more than ten specialists, on the whole vocabulary; teachers loaded in turn, their
+        hidden states kept and projected when they are compared. The weights are not published.
+    Departures: none known; text and weights of the report were not at hand.
+    Failure: where specialists disagree none is followed; `teacher.route` asks one of them a prompt.
+    """
+    shares = weights or (1.0 / max(1, len(teachers)),) * len(teachers)
+    if not teachers or len(set(teachers)) < len(teachers):
+        raise ValueError(f"teachers must name each teacher once, got {teachers!r}")
+    if len(shares) != len(teachers):
+        raise ValueError(
+            f"weights must be one per teacher, got {len(shares)} for {len(teachers)} teachers"
+        )
+    for name, share in zip(teachers, shares, strict=True):
+        check_option(f"the weight of {name!r}", share, 1e-9, math.inf)
+    views = [TeacherView(f"teacher.{name}") for name in teachers]
+    return Method(
+        Objective(
+            *(
+                Dense(
+                    divergence=divergence.reverse_kl, against=f"teacher.{name}", coef=w, name=name
+                )
+                for name, w in zip(teachers, shares, strict=True)
+            )
+        ),
+        views=tuple(views),
+        name="deepseek_v4",
+    )
+
+
 def exopd(*, extrapolation: float | Schedule = 1.25, cap: float = 5.0) -> Method:
     """The log-ratio to a point beyond the teacher, on the line from where it came from.
 

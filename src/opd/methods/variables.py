@@ -123,6 +123,9 @@ def _imitates(term: Term) -> bool:
 
 def view_in_words(view: TeacherView) -> str:
     """Whose distribution a view is."""
+    if view.mix == "arithmetic":
+        shares = " + ".join(f"{knob_in_words(weight)} x {name}" for name, weight in view.parts)
+        return f"the arithmetic mixture {shares}"
     if view.parts:
         parts = " + ".join(
             f"log {name}" if weight == 1 else f"{knob_in_words(weight)} x log {name}"
@@ -144,8 +147,19 @@ def _privilege(method: Method) -> str:
     if not method.objective.views():
         return "none: no teacher is asked"
     views = with_parts(method.objective.views(), method.views)
-    told = [f"{view.name!r} reads {view.context!r}" for view in views if view.context]
+    told = [f"{view.name!r} reads {_reading(view)}" for view in views if view.context]
     return "; ".join(told) or "none: a teacher reads what the student reads"
+
+
+def _reading(view: TeacherView) -> str:
+    """What a view with a context reads, and how."""
+    words = repr(view.context)
+    if view.context_role != "user":
+        words += f" as its {view.context_role} message"
+    if view.chat_template_kwargs:
+        given = ", ".join(f"{key} = {value!r}" for key, value in view.chat_template_kwargs)
+        words += f", chat template with {given}"
+    return words
 
 
 def _support(term: Term) -> str:

@@ -52,6 +52,7 @@ def take(rollout: Rollout, rows: Sequence[int]) -> Rollout:
         model_inputs=tuple(rollout.model_inputs[row] for row in rows)
         if rollout.model_inputs
         else (),
+        reasons=tuple(rollout.reasons[row] for row in rows) if rollout.reasons else (),
     )
 
 
@@ -68,8 +69,16 @@ def put(rollout: Rollout, rows: Sequence[int], part: Rollout) -> Rollout:
     for row, reason in zip(rows, part.stop_reason, strict=True):
         reasons[row] = reason
     verdict = rollout.verdict.index_copy(0, index, part.verdict.to(rollout.verdict.dtype))
+    said = list(rollout.reasons or ("",) * len(rollout.prompt_ids))
+    for row, words in zip(rows, part.reasons or ("",) * len(rows), strict=True):
+        said[row] = words
     return replace(
-        rollout, **changed, stop_reason=tuple(reasons), verdict=verdict, sampler_top_ids=None
+        rollout,
+        **changed,
+        stop_reason=tuple(reasons),
+        verdict=verdict,
+        sampler_top_ids=None,
+        reasons=tuple(said) if rollout.reasons or part.reasons else (),
     )
 
 
@@ -109,7 +118,7 @@ def continued(
     """Every response with its first `keep` tokens as they are, and the rest written anew.
 
     The kept tokens keep their provenance, log-probability and policy version; what follows has
-    those of the new writer. Verdicts are NaN: the texts have changed.
+    those of the new writer. Verdicts are NaN, without a reason: the texts have changed.
 
     Args:
         keep: tokens kept of each response, fewer than `settings.max_new_tokens`.
@@ -205,6 +214,7 @@ def _joined(kept: Rollout, keep: Int[Tensor, " B"], new: Rollout) -> Rollout:
         stop_reason=new.stop_reason,
         verdict=torch.full_like(kept.verdict, math.nan),
         sampler_top_ids=None,
+        reasons=(),
     )
 
 

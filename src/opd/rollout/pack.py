@@ -223,7 +223,16 @@ def merge_rollouts(parts: Sequence[Rollout], *, pad_id: int) -> Rollout:
         sampler_top_ids=_join_top_ids([part.sampler_top_ids for part in parts], width),
         prompts=tuple(prompt for part in parts for prompt in part.prompts),
         model_inputs=tuple(inputs for part in parts for inputs in _model_inputs(part)),
+        reasons=_join_reasons(parts),
     )
+
+
+def _join_reasons(parts: Sequence[Rollout]) -> tuple[str, ...]:
+    """What a verifier said of every sequence; empty where it has seen no part."""
+    if not any(part.reasons for part in parts):
+        return ()
+    said = (part.reasons or ("",) * len(part.prompt_ids) for part in parts)
+    return tuple(reason for reasons in said for reason in reasons)
 
 
 def _model_inputs(rollout: Rollout) -> Sequence[Mapping[str, Any]]:

@@ -77,6 +77,7 @@ class ReplayBuffer:
                 "group": entry.rollout.group,
                 "verdict": entry.rollout.verdict,
                 "stop_reason": list(entry.rollout.stop_reason),
+                "reasons": list(entry.rollout.reasons),
                 **{name: getattr(entry.rollout, name) for name in FILL},
             }
             for entry in self._entries
@@ -98,6 +99,7 @@ def _restored(saved: Mapping[str, Any], prompts_at: PromptsAt) -> _Entry:
         group=saved["group"],
         verdict=saved["verdict"],
         stop_reason=tuple(saved["stop_reason"]),
+        reasons=tuple(saved.get("reasons", ())),
         prompt_ids=tuple(prompt.prompt_ids for prompt in prompts),
         prompts=prompts,
         model_inputs=tuple(prompt.model_inputs for prompt in prompts),

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from opd.fastpath import SMALL, response_states, why_generic
-from opd.head import log_probs_of
-from opd.head.distribution import merged_tokens
-from opd.head.rows import likeliest
 from opd.models import LoadedModel, adapter_disabled, unembedding
 from opd.rollout.pack import Part, join_parts, split
+from opd.teacher.answers import answers
 from opd.types import Need, TeacherRequest, TeacherScores, Unembedding, pack_rows
 
 
@@ -83,17 +81,24 @@ class LocalTeacher:
         hidden = response_states(self.loaded.model, batch)
         if request.distribution:
             return {"hidden": hidden}
-        log_probs = log_probs_of(
-            hidden, head, temperature=request.temperature, merge_ids=batch.merge_ids
+        asked = {
+            "sampled": request.sampled,
+            "top": bool(request.top_k),
+            "ids": request.ids is not None,
+            "entropy": request.entropy,
+        }
+        ids = None if request.ids is None else request.ids[part.rows]
+        answer = answers(
+            hidden,
+            head,
+            [name for name, is_asked in asked.items() if is_asked],
+            tokens=pack_rows(batch.token.tokens, batch.token.mask),
+            top_k=request.top_k,
+            ids=ids,
+            temperature=request.temperature,
+            merge_ids=batch.merge_ids,
         )
-        tokens = merged_tokens(pack_rows(batch.token.tokens, batch.token.mask), batch.merge_ids)
-        answer = {"sampled_logp": log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)}
-        if request.top_k:
-            answer["top_logp"], answer["top_ids"] = likeliest(log_probs, request.top_k)
-        if request.ids is not None:
-            answer["ids"] = request.ids[part.rows]
-            answer["ids_logp"] = log_probs.gather(-1, answer["ids"])
-        return answer
+        return answer if ids is None else {**answer, "ids": ids}
 
     def _weights(self) -> AbstractContextManager[None]:
         return adapter_disabled(self.loaded.model) if self.without_adapter else nullcontext()

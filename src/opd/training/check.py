@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -19,13 +20,14 @@ from opd.audit.rules import examine as examine_composition
 from opd.data.prompts import TASK_PREFIX, PromptSet, load_prompts
 from opd.data.records import encode_records
 from opd.data.sources import read_records
-from opd.data.tasks import find_task
+from opd.data.tasks import find_tasks
 from opd.errors import OpdError
-from opd.models import check_same_vocabulary, resolve_device
+from opd.models import LoadedModel, check_same_vocabulary, resolve_device
 from opd.objective import Method, Sampled
 from opd.teacher.context import ContextEncoder
+from opd.teacher.preflight import Preflight
 from opd.terms import parts, shown
-from opd.training.config import Run, StudentConfig, TeacherConfig
+from opd.training.config import OTHER_TEACHER, Run, StudentConfig, TeacherConfig
 from opd.training.facts import ModelFacts, read_facts
 from opd.training.folder import check_name
 from opd.training.memory import (
@@ -34,22 +36,25 @@ from opd.training.memory import (
     memory_parts,
     trainable_parameters,
 )
+from opd.training.privilege import check_context, check_told, held_out
 from opd.training.probe import try_objective
+from opd.training.remotes import open_endpoint, trial_texts, try_teacher
 from opd.training.session import (
     Phase,
     asks_the_teacher,
     build_method,
-    check_context,
     check_judged,
     check_positions,
     check_teachers,
+    find_router,
     find_verifier,
+    load_teacher,
     make_phases,
     prompt_settings,
     view_notes,
 )
 from opd.training.step import extra_columns
-from opd.types import Bound
+from opd.types import Bound, Prompt
 
 Level = Literal["error", "note"]
 T = TypeVar("T")
@@ -99,9 +104,13 @@ def check(run: Run) -> list[Finding]:
     return list(examine(run).findings)
 
 
-def examine(run: Run) -> CheckReport:
-    """`check`, with the memory estimate."""
-    checker = _Checker(run)
+def examine(run: Run, *, live: bool = False) -> CheckReport:
+    """`check`, with the memory estimate.
+
+    Args:
+        live: ask the teachers that have a url, too.
+    """
+    checker = _Checker(run, live)
     checker.run_all()
     findings = sorted(checker.findings, key=lambda finding: finding.level)
     return CheckReport(tuple(findings), tuple(checker.memory))
@@ -124,6 +133,7 @@ class _Checker:
     """Collects findings; one method per matter."""
 
     run: Run
+    live: bool = False
     findings: list[Finding] = field(default_factory=list)
     memory: list[MemoryPart] = field(default_factory=list)
 
@@ -140,7 +150,9 @@ class _Checker:
         named = config.teachers
         if student and teacher:
             self.pair(student, teacher)
-        further = {name: self.model(f"teachers.{name}", own) for name, own in named.items()}
+        further = {
+            name: self.model(f"teachers.{name}", own) for name, own in named.items() if own.model
+        }
         for name, other in further.items():
             if student and other:
                 self.pair(student, other, f"teachers.{name}.model")
@@ -157,15 +169,20 @@ class _Checker:
             self.learning_rates(phases, student)
             self.disk(student, phases)
         if device and student and phases and (teacher or not config.teacher.model):
-            others = [other for other in further.values() if other]
+            others = {name: other for name, other in further.items() if other}
             self.estimate(device, phases[-1], student, teacher, longest, others)
         for phase in phases:
+            samples = config.sampler.samples_per_prompt
+            told = functools.partial(check_told, phase.method, samples=samples)
+            self.attempt("method.views", told)
             self.sampler(phase)
             for note in view_notes(phase.method):
                 self.note("method.views", note)
             self.objective(phase)
             self.trial(phase, student, train)
         self.composition(phases, train)
+        if self.live and student and phases and train:
+            self.served(phases[-1], student, train, longest)
 
     # -- collecting --------------------------------------------------------------------------
 
@@ -201,7 +218,8 @@ class _Checker:
             self.note(where, "teacher and student are the same model: nothing to learn")
 
     def teacher_is_there(self, phases: tuple[Phase, ...]) -> None:
-        if self.run.config.teacher.model:
+        own = self.run.config.teacher
+        if own.model or own.url or own.route:
             return
         for phase in phases:
             asked = asks_the_teacher(phase.method, self.run.config.teachers)
@@ -209,8 +227,63 @@ class _Checker:
                 self.error(
                     "teacher.model",
                     f"the {phase.name} phase ({phase.method.name}) needs a teacher; name a folder "
-                    "or a Hugging Face id",
+                    "or a Hugging Face id, or a server with teacher.url",
                 )
+
+    def served(self, phase: Phase, student: ModelFacts, train: _Sample, longest: int) -> None:
+        """Try the teachers that have a url."""
+        config = self.run.config
+        tables = {"teacher": config.teacher}
+        tables |= {f"teachers.{name}": table for name, table in config.teachers.items()}
+        for where, table in tables.items():
+            if not table.url:
+                continue
+            view = where.replace("teachers.", OTHER_TEACHER)
+            endpoint = self.attempt(f"{where}.url", functools.partial(open_endpoint, where, table))
+            if endpoint is None:
+                continue
+            copy = None
+            if table.local_copy:
+                load = functools.partial(self._copy, table)
+                copy = self.attempt(f"{where}.local_copy", load)
+            found = try_teacher(
+                endpoint,
+                table,
+                phase.method.objective,
+                phase.plan.needs,
+                view,
+                student=student.hollow,
+                texts=trial_texts(train.prompts.prompts),
+                merge_stop_ids=config.method.merge_stop_ids,
+                local_copy=copy,
+            )
+            endpoint.close()
+            for message in found.errors:
+                self.error(f"{where}.url", message)
+            for message in found.notes:
+                self.note(f"{where}.url", message)
+            if found.tokens_per_s:
+                self._teacher_time(where, phase, found, longest)
+
+    def _copy(self, table: TeacherConfig) -> LoadedModel:
+        device = resolve_device(self.run.config.device)
+        return load_teacher(
+            self.run, device, dataclasses.replace(table, url="", model=table.local_copy)
+        )
+
+    def _teacher_time(self, where: str, phase: Phase, found: Preflight, longest: int) -> None:
+        config = self.run.config
+        sequences = phase.steps * phase.prompts_per_step * config.sampler.samples_per_prompt
+        tokens = sequences * (longest + config.sampler.max_new_tokens)
+        told = found.described
+        assert told is not None
+        model = " ".join(part for part in (told.model, told.dtype, told.revision) if part)
+        self.note(
+            f"{where}.url",
+            f"{model} scores {found.tokens_per_s:,.0f} tokens/s, one request of two texts at a "
+            f"time; at that rate the run's up to {tokens:,} tokens take it "
+            f"{tokens / found.tokens_per_s / 60:,.0f} min at the most",
+        )
 
     def supports(self, method: Method, student: ModelFacts) -> None:
         vocabulary = student.hollow.vocab_size
@@ -284,7 +357,7 @@ class _Checker:
         return self.attempt(where, lambda: self._records(where, text, path, student, responses))
 
     def _task(self, text: str, student: ModelFacts | None) -> _Sample | None:
-        find_task(text.removeprefix(TASK_PREFIX))
+        find_tasks(text.removeprefix(TASK_PREFIX))
         if student is None:
             return None
         endless = load_prompts(text, tokenizer=student.hollow.tokenizer)
@@ -327,6 +400,7 @@ class _Checker:
         prompts = train.prompts
         if prompts.generate is None and train.complete and not config.data.validation:
             self.attempt("data.held_out", lambda: prompts.split(config.data.held_out))
+        self.routes(prompts.prompts)
         for phase in phases:
             columns = functools.partial(extra_columns, prompts.prompts, phase.method.objective)
             self.attempt("data.prompts", columns)
@@ -337,6 +411,17 @@ class _Checker:
                 f"{missing[0]} has no response, but a phase trains on data; add a column "
                 f"{config.data.response_column!r}, or set warmup.source = 'teacher'",
             )
+
+    def routes(self, prompts: Sequence[Prompt]) -> None:
+        """Whom the records that were looked at are routed to."""
+        router = self.attempt("teacher.route", lambda: find_router(self.run))
+        if router is None:
+            return
+        found: list[str] = []
+        self.attempt("teacher.route", lambda: found.extend(map(router, prompts)))
+        for name in router.names if found else ():
+            if name not in found:
+                self.note("teacher.route", f"none of {len(found)} records goes to {name!r}")
 
     def contexts(self, train: _Sample, phases: tuple[Phase, ...], student: ModelFacts) -> None:
         """Render what views with a context read, of every record that was looked at."""
@@ -350,9 +435,13 @@ class _Checker:
             limit=student.positions,
             new=config.sampler.max_new_tokens,
         )
-        for view in phases[-1].plan.views:
+        views = phases[-1].plan.views
+        for view in views:
             if view.context:
                 self.attempt("method.views", functools.partial(check_one, view))
+        if config.evaluate.privileged:
+            for note in held_out(views, (), encoder, answered=True).notes:
+                self.note("evaluate.privileged", note.removeprefix("evaluate.privileged: "))
 
     def verifier(self, train: _Sample | None, phases: tuple[Phase, ...]) -> None:
         """Import it, and try it on one prompt."""
@@ -543,7 +632,7 @@ class _Checker:
         student: ModelFacts,
         teacher: ModelFacts | None,
         longest: int,
-        others: Sequence[ModelFacts],
+        others: Mapping[str, ModelFacts],
     ) -> None:
         config = self.run.config
         prompt_tokens = longest or config.data.max_prompt_tokens

@@ -71,12 +71,50 @@ class StudentConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ClientConfig:
+    """How a teacher at a `url` is asked.
+
+    Attributes:
+        timeout_s: most seconds for one try of a request.
+        retry_s: seconds during which a request is tried again after its first failure.
+        concurrency: requests in flight at once.
+        tokens_per_request: most tokens of one request; a longer sequence is one of its own.
+        compress: have replies compressed, which needs the extra `serve`.
+    """
+
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
+    retry_s: Rate = 300.0
+    concurrency: Positive = 8
+    tokens_per_request: Positive = 65536
+    compress: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
 class TeacherConfig:
-    """The model that scores. Fields as in `[student]`; empty `model`: none is loaded.
+    """The model that scores. Fields as in `[student]`; empty `model` and `url`: there is none.
 
     Attributes:
         dtype: `auto` is float32 on a CPU, where half precision is slower, and as stored elsewhere.
         max_tokens: padded tokens per forward of the teacher; 0 chooses, as in `[train]`.
+        url: of a server that scores, instead of a `model` loaded here.
+        protocol: which the server speaks: `opd` (that of `opd serve`), `vllm` (its completions),
+            `vllm-generate`, `sglang`, `hosted-echo` and `hosted-echo-ids` (hosted completions that
+            echo a prompt with log-probabilities, by text or by id), `hosted` (those that do not).
+        served_name: what the server calls the model, where its protocol asks.
+        key_env: environment variable that holds the server's key; empty: none is sent.
+        reply: what a server returns where the objective compares distributions: `hidden` states,
+            or log-probabilities of the `entries` that are compared; `auto` takes the fewer bytes.
+        local_copy: the served model in a folder here; `opd check --live` compares the two.
+        route: of `[teacher]`, in place of a model: which of the `[teachers]` scores the view
+            `teacher`, sequence by sequence: a data column that holds a name among them, or
+            `module:function`, called with the prompt, that returns one.
+        keep: where a model's weights are between its turns: `device`; `host` memory, from which
+            they are brought for each turn; or `disk`, from which they are loaded anew. Models that
+            are not kept on the device are there one at a time.
+        conflict_every: of `[teacher]`, with several teachers that teach: steps between two
+            measurements of how far they disagree; 0: never. One costs a pass of every teacher over
+            the rows of the step, and as many gradients of the objective as there are teachers.
+        client: how patient and how greedy the client is.
     """
 
     model: str = ""
@@ -85,6 +123,18 @@ class TeacherConfig:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     max_tokens: NonNegative = 0
+    url: str = ""
+    protocol: Literal[
+        "opd", "vllm", "vllm-generate", "sglang", "hosted", "hosted-echo", "hosted-echo-ids"
+    ] = "opd"
+    served_name: str = ""
+    key_env: str = ""
+    reply: Literal["auto", "hidden", "entries"] = "auto"
+    local_copy: str = ""
+    route: str = ""
+    keep: Literal["device", "host", "disk"] = "device"
+    conflict_every: NonNegative = 50
+    client: ClientConfig = field(default_factory=ClientConfig)
 
 
 OTHER_TEACHER = "teacher."
@@ -166,7 +216,8 @@ class MethodConfig:
         views: for a custom objective, a table for every distribution it compares with that is not
             simply the teacher (or, called `reference`, the student at step 0): its `name`, its
             `source` (`teacher`, `initial_student`, `student`, `ema_student` with `decay`,
-            `combination` with `parts`), and the `context` it reads in place of the prompt.
+            `combination` with `parts`), and the `context` it reads in place of the prompt, with
+            `context_role` and `chat_template_kwargs` of its own.
         merge_stop_ids: compare all end tokens as one action, their mass summed.
     """
 
@@ -278,6 +329,8 @@ class EvaluateConfig:
         prompts: validation prompts.
         test_prompts: test prompts for the figures at start and end.
         teacher: measure the teacher too.
+        privileged: at start and end measure the student also where it reads what a view with a
+            `context` reads, on the test prompts. Not with what only a rollout tells.
         sets: further named sets, each a source as in `data.prompts`.
     """
 
@@ -285,6 +338,7 @@ class EvaluateConfig:
     prompts: Positive = 256
     test_prompts: Positive = 1000
     teacher: bool = True
+    privileged: bool = False
     sets: dict[str, str] = field(default_factory=dict)
 
 
@@ -319,8 +373,8 @@ class RunConfig:
 
     Attributes:
         teachers: further models by name, each with the keys of `[teacher]`: `[teachers.before]`
-            scores the method's view of that name. A teacher's view without a table of its own is
-            scored by `[teacher]`.
+            scores the method's view of that name, or is what `teacher.route` goes to. A teacher's
+            view without a table of its own is scored by `[teacher]`.
         name: of the run folder; empty: the source of the prompts and the next free number.
         output: folder that holds run folders; a relative one starts where the command is given.
         seed: of everything random.
@@ -385,8 +439,21 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Run:
     tree = read_toml(file)
     base = Path(_base_folder(tree.pop("paths", {}), file) or base)
     label = "the embedded default" if path is None else str(file)
-    tree = overridden(tree, parse_overrides(overrides), source="command line")
+    settings = parse_overrides(overrides)
+    _let_url_replace_model(tree, dict(settings))
+    tree = overridden(tree, settings, source="command line")
     return Run(from_tree(tree, source=label), base, label)
+
+
+def _let_url_replace_model(tree: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """On the command line a teacher's url stands for the model that the file names."""
+    for key, value in given.items():
+        *path, last = key.split(".")
+        table: Any = tree
+        for part in path:
+            table = table.get(part, {}) if isinstance(table, dict) else {}
+        if last == "url" and value and ".".join((*path, "model")) not in given:
+            table.pop("model", None)
 
 
 def overridden(
@@ -424,6 +491,7 @@ def from_tree(tree: Mapping[str, Any], *, source: str = "<python>") -> RunConfig
     except ValidationError as error:
         raise ConfigError(_readable(error, source)) from None
     check_names(config, source)
+    check_teacher_tables(config, source)
     check_declared(config.check, source)
     lora, model = config.student.lora, config.student.model
     if lora.r and not lora.merge and model.startswith("builtin:"):
@@ -432,6 +500,66 @@ def from_tree(tree: Mapping[str, Any], *, source: str = "<python>") -> RunConfig
             "at random, so its adapter would be worth nothing; leave merge = true"
         )
     return config
+
+
+def check_teacher_tables(config: RunConfig, source: str) -> None:
+    """Refuse a teacher that is both loaded here and asked elsewhere, or a route to nobody.
+
+    Raises:
+        ConfigError: names the table.
+    """
+    _check_route(config, source)
+    tables = {"teacher": config.teacher}
+    tables |= {f"teachers.{name}": table for name, table in config.teachers.items()}
+    for name, table in tables.items():
+        if table.model and table.url:
+            raise ConfigError(
+                f"{source}: {name}.model = {table.model!r} and {name}.url = {table.url!r}: a "
+                "teacher is loaded here or asked there; keep one, and name a copy to compare with "
+                f"as {name}.local_copy"
+            )
+        if table.url and not table.url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"{source}: {name}.url = {table.url!r} must begin with http:// or https://"
+            )
+        if not table.url and (table.local_copy or table.served_name):
+            raise ConfigError(
+                f"{source}: {name} has no url, so local_copy and served_name say nothing"
+            )
+
+
+def _check_route(config: RunConfig, source: str) -> None:
+    own, named = config.teacher, config.teachers
+    for name, table in named.items():
+        for key in ("route", "conflict_every"):
+            if getattr(table, key) != getattr(TeacherConfig, key):
+                raise ConfigError(
+                    f"{source}: teachers.{name}.{key} = {getattr(table, key)!r}: {key} belongs to "
+                    f"[teacher] alone; set teacher.{key}"
+                )
+        if not (table.model or table.url):
+            raise ConfigError(
+                f"{source}: [teachers.{name}] has neither a model nor a url; name one of them"
+            )
+        if table.url and table.keep != "device":
+            raise ConfigError(
+                f"{source}: teachers.{name}.keep = {table.keep!r} is about weights in this "
+                "process, and this teacher is asked at a url; leave it out"
+            )
+    if not own.route:
+        return
+    for key in ("model", "url", "keep"):
+        if getattr(own, key) != getattr(TeacherConfig, key):
+            raise ConfigError(
+                f"{source}: teacher.route = {own.route!r} and teacher.{key} = "
+                f"{getattr(own, key)!r}: with a route the models are those of [teachers.NAME]; "
+                "keep one of the two"
+            )
+    if not named:
+        raise ConfigError(
+            f"{source}: teacher.route = {own.route!r} and there are no [teachers.NAME] to go to; "
+            "add a table for every teacher"
+        )
 
 
 def check_names(config: RunConfig, source: str) -> None:

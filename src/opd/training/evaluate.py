@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
-from opd.types import Prompt, Rollout, Sampler, SamplerSettings, Verifier
+from opd.types import Prompt, Rollout, Sampler, SamplerSettings, Stat, Verifier, add_stats
 
 Z95 = 1.959963984540054
 
@@ -43,6 +43,7 @@ class Evaluation:
         pass_at_k: by k, unbiased from n samples.
         length: mean response tokens of the greedy responses.
         truncated: share of greedy responses cut by the limit.
+        metrics: what else was measured of the greedy responses.
     """
 
     accuracy: Score
@@ -53,6 +54,7 @@ class Evaluation:
     pass_at_k: tuple[tuple[int, Score], ...] = ()
     responses: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    metrics: Mapping[str, Stat] = field(default_factory=dict)
 
 
 def wilson(successes: float, n: int) -> Score:
@@ -101,11 +103,13 @@ def verify_rollout(
     if verifier is None:
         return rollout, decode_responses(rollout, tokenizer, count=shown)
     texts = decode_responses(rollout, tokenizer)
-    scores = [
-        verifier(prompt, text, finished=reason != "length").score
+    found = [
+        verifier(prompt, text, finished=reason != "length")
         for prompt, text, reason in zip(rollout.prompts, texts, rollout.stop_reason, strict=True)
     ]
-    return replace(rollout, verdict=torch.tensor(scores)), texts
+    verdict = torch.tensor([each.score for each in found])
+    reasons = tuple(each.reason for each in found)
+    return replace(rollout, verdict=verdict, reasons=reasons), texts
 
 
 def decode_responses(rollout: Rollout, tokenizer: Any, *, count: int | None = None) -> list[str]:
@@ -130,10 +134,14 @@ def evaluate(
     samples: int = 0,
     ks: Sequence[int] = (),
     max_sequences: int = 256,
+    measured: Callable[[Rollout], Mapping[str, Stat]] | None = None,
 ) -> Evaluation:
     """Greedy responses to every prompt, and `samples` at temperature 1 where asked for.
 
     Draws from a generator of its own: evaluating changes nothing in a run.
+
+    Args:
+        measured: further metrics of the greedy responses.
     """
     device = torch.device("cpu")
     greedy = replace(
@@ -142,6 +150,7 @@ def evaluate(
     generator = torch.Generator(device).manual_seed(seed)
     texts: list[str] = []
     scores: list[float] = []
+    metrics: list[Mapping[str, Stat]] = []
     tokens = truncated = 0
     for start in range(0, len(prompts), max_sequences):
         part = prompts[start : start + max_sequences]
@@ -151,6 +160,7 @@ def evaluate(
         scores += rollout.verdict.tolist()
         tokens += int(rollout.lengths.sum())
         truncated += sum(reason == "length" for reason in rollout.stop_reason)
+        metrics += [measured(rollout)] if measured else []
     n = len(prompts)
     accuracy = wilson(sum(scores), n) if verifier else Score(math.nan, math.nan, math.nan, n)
     result = Evaluation(
@@ -160,6 +170,7 @@ def evaluate(
         tokens,
         responses=tuple(texts),
         scores=tuple(scores),
+        metrics=add_stats(metrics),
     )
     if samples and verifier:
         result = _with_samples(

@@ -173,8 +173,12 @@ def explain(run: Run) -> Explanation:
 
 
 def _variables(method: Method, run: Run) -> dict[str, str]:
-    """The nine, with what the optimizer step adds to the regulariser."""
+    """The nine, with whom the teacher's view is routed to, and with what the optimizer step adds to
+    the regulariser."""
     found = nine_variables(method)
+    if route := run.config.teacher.route:
+        names = ", ".join(run.config.teachers)
+        found["feedback source"] += f"; 'teacher' is routed by {route!r} to one of {names}"
     if strength := run.config.train.anchor:
         words = f"anchor({strength:g}) to the weights at the start, in the optimizer step"
         so_far = found["regulariser"]

@@ -24,6 +24,7 @@ from opd.models import save_model
 from opd.objective import Objective
 from opd.rollout.pack import pack_rollout
 from opd.teacher.self_teacher import AverageTeacher
+from opd.training import by_route, conflict, privilege
 from opd.training import step as steps
 from opd.training.checkpoint import (
     STUDENT,
@@ -33,6 +34,7 @@ from opd.training.checkpoint import (
     save_checkpoint,
 )
 from opd.training.config import Run, to_json, to_toml
+from opd.training.conflict import Rivals
 from opd.training.draw import Text, Writers
 from opd.training.evaluate import Evaluation, evaluate
 from opd.training.folder import (
@@ -79,6 +81,7 @@ class StepReport:
         evaluation: the validation after this step, if there was one.
         folder: the run folder.
         summary: of the whole run, with the last report only.
+        notes: what is worth knowing now and not only at the end.
     """
 
     phase: str
@@ -90,11 +93,17 @@ class StepReport:
     folder: Path
     evaluation: Evaluation | None = None
     summary: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
 class Progress:
-    """The part of a run's state that is neither weights nor optimizer."""
+    """The part of a run's state that is neither weights nor optimizer.
+
+    Attributes:
+        stats: the latest metrics.
+        totals: of several teachers, their metrics over the phase.
+    """
 
     phase: int = 0
     step: int = 0
@@ -103,6 +112,7 @@ class Progress:
     seconds: float = 0.0
     schedule: Any = None
     stats: dict[str, list[float]] = field(default_factory=dict)
+    totals: dict[str, list[float]] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
 
@@ -186,7 +196,7 @@ class _Trainer:
         progress = self.progress
         if number != progress.phase:
             progress.phase, progress.step, progress.updates = number, 0, 0
-            progress.schedule, progress.stats = None, {}
+            progress.schedule, progress.stats, progress.totals = None, {}, {}
         if phase.name == "train":
             at_start = progress.step == 0
             freeze_reference(self.session, self.folder.reference, at_start=at_start)
@@ -306,14 +316,41 @@ class _Trainer:
         clock.lap("observe")
         pad_id = student.loaded.pad_id
         contexts = steps.privileged(rollout, batch, plan, session.context_encoder, pad_id=pad_id)
-        batch = steps.score(session.teachers, batch, objective, plan, contexts=contexts)
+        entries = session.entries
+        with session.turns:
+            batch = steps.score(
+                session.teachers,
+                batch,
+                objective,
+                plan,
+                contexts=contexts,
+                entries=entries,
+                prompts=rollout.prompts,
+            )
         clock.lap("score")
         metrics: dict[str, Stat] = {}
+        measured_now: dict[str, Stat] = {}
+        told: dict[str, Stat] = {}
+        if contexts:
+            told = privilege.metrics_of(rollout, contexts, plan.views)
+            clock.lap("copied")
+        if (rivals := self._rivals_now(phase)) is not None:
+            measured_now = conflict.measure(
+                rivals, student, batch, objective, plan, max_tokens, contexts=contexts
+            )
+            clock.lap("conflict")
         lesson: Lesson | None = None
         for repeat in range(phase.updates_per_rollout):
             if repeat:
                 batch = steps.score(
-                    session.teachers, batch, objective, plan, contexts=contexts, again=True
+                    session.teachers,
+                    batch,
+                    objective,
+                    plan,
+                    contexts=contexts,
+                    entries=entries,
+                    prompts=rollout.prompts,
+                    again=True,
                 )
                 clock.lap("score")
             seen: Mapping[FieldKey, Tensor] = {}
@@ -335,8 +372,11 @@ class _Trainer:
             clock.lap("critic")
         progress.step += 1
         progress.tokens += int(rollout.lengths.sum())
-        metrics |= text.metrics
+        metrics |= {**text.metrics, **measured_now, **told}
         progress.stats |= {name: [stat.total, stat.count] for name, stat in metrics.items()}
+        # a time is told and never watched: it would differ when the run is repeated
+        metrics |= steps.teacher_seconds(batch.token.views)
+        self._add_up(metrics)
         evaluation = self._validate(phase) if self._validates(phase) else None
         clock.lap("evaluate")
         self._log(phase, metrics, clock.seconds, text, evaluation)
@@ -350,6 +390,20 @@ class _Trainer:
             self.folder.path,
             evaluation,
         )
+
+    def _rivals_now(self, phase: Phase) -> Rivals | None:
+        """The teachers whose conflict is measured in this step, before its first update."""
+        every = self.session.config.teacher.conflict_every
+        due = phase.name == "train" and every and self.progress.step % every == 0
+        return self.session.rivals if due else None
+
+    def _add_up(self, metrics: Mapping[str, Stat]) -> None:
+        """What is known of each of several teachers, over the phase."""
+        for name, stat in metrics.items():
+            about_context = name.rpartition("/")[2] in privilege.METRICS
+            if name.startswith("teacher/") and name.count("/") > 1 and not about_context:
+                total, count = self.progress.totals.get(name, (0.0, 0.0))
+                self.progress.totals[name] = [total + stat.total, count + stat.count]
 
     def _sampler(self, who: str) -> Sampler:
         session = self.session
@@ -408,11 +462,16 @@ class _Trainer:
             }
         return result
 
-    def _evaluate(self, who: str, prompts: Any) -> Evaluation:
+    def _evaluate(
+        self, who: str | Sampler, prompts: Any, measured: privilege.Measured | None = None
+    ) -> Evaluation:
         session = self.session
+        if who == "student" and measured is None and session.held_out is not None:
+            measured = session.held_out.copying
         return evaluate(
-            self._sampler(who),
+            self._sampler(who) if isinstance(who, str) else who,
             prompts,
+            measured=measured,
             verifier=session.verifier,
             tokenizer=session.tokenizer,
             settings=sampler_settings(session.config),
@@ -427,6 +486,21 @@ class _Trainer:
             for name, prompts in self.session.sets.items()
         }
 
+    def _evaluate_privilege(self, test: Evaluation) -> dict[str, Any]:
+        """By view with a context: what the answers to the test prompts copy of it, and the student
+        that reads it."""
+        held_out = self.session.held_out
+        found: dict[str, dict[str, Any]] = {}
+        for view in held_out.views if held_out else ():
+            assert held_out is not None
+            found[view.name] = {**privilege.copied_in(view, test.metrics)}
+            if self.session.config.evaluate.privileged:
+                prompts, copying = held_out.told(view, self.session.test.prompts)
+                answers = self._evaluate("student", prompts, copying)
+                reading = answers.accuracy.as_dict() | privilege.copied_in(view, answers.metrics)
+                found[view.name]["reading"] = reading
+        return found
+
     def evaluate_start(self, phase: Phase) -> StepReport:
         """Figures before the first distillation step: student, and teacher if there is one."""
         session, clock = self.session, _Clock()
@@ -438,20 +512,49 @@ class _Trainer:
             "responses": list(test.responses[:8]),
             "verdicts": list(test.scores[:8]),
             "sets": self._evaluate_sets(),
+            "privilege": self._evaluate_privilege(test),
         }
         if session.teacher_sampler is not None and session.config.evaluate.teacher:
             teacher = self._evaluate("teacher", session.test.prompts)
             start["teacher"] = teacher.accuracy.as_dict()
             start["teacher_responses"] = list(teacher.responses[:8])
             start["teacher_verdicts"] = list(teacher.scores[:8])
+        notes = self._routes_at_start(start, test) if session.router is not None else []
         self.progress.start = start
         clock.lap("evaluate")
         event = {"phase": phase.name, "step": 0, "evaluation": start}
         append_line(self.folder.events, event | {"seconds": clock.seconds})
         self._track(phase, {}, validation)
         return StepReport(
-            phase.name, 0, phase.steps, {}, clock.seconds, 0, self.folder.path, validation
+            phase.name,
+            0,
+            phase.steps,
+            {},
+            clock.seconds,
+            0,
+            self.folder.path,
+            validation,
+            notes=tuple(notes),
         )
+
+    def _routes_at_start(self, start: dict[str, Any], test: Evaluation) -> list[str]:
+        """Adds how each route begins, and what its teacher knows of it; notes on who knows less."""
+        session, prompts = self.session, self.session.test.prompts
+        assert session.router is not None
+        if session.verifier is None:
+            return []
+        start["routes"] = by_route.accuracy_by_route(session.router, prompts, test.scores)
+        known: list[dict[str, Any]] = []
+        routes = by_route.routes_of(session.router, prompts)
+        for name, sampler in session.teacher_samplers.items():
+            own = [
+                p for p, route in zip(prompts, routes, strict=True) if route and route[1] == name
+            ]
+            if own and session.config.evaluate.teacher:
+                found = self._evaluate(sampler, own)
+                known += by_route.accuracy_by_route(session.router, own, found.scores)
+        start["route_teachers"] = known
+        return by_route.worse_teachers(start["routes"], known)
 
     def finish(self) -> StepReport:
         """Final figures, the model folder, the summary and the picture."""
@@ -460,6 +563,7 @@ class _Trainer:
         session, clock = self.session, _Clock()
         test = self._evaluate("student", session.test.prompts)
         sets = self._evaluate_sets()
+        privileged = self._evaluate_privilege(test)
         with whole_folder(self.folder.model) as temporary:
             save_model(
                 session.student.loaded,
@@ -482,7 +586,7 @@ class _Trainer:
                     "teacher_verdict": _at(self.progress.start.get("teacher_verdicts"), row),
                 },
             )
-        summary = self._summary(FINISHED, test, sets)
+        summary = self._summary(FINISHED, test, sets, privileged)
         draw_curves(self.folder, summary)
         self._write_summary(summary)  # last: from now on the run is finished
         clock.lap("evaluate")
@@ -512,6 +616,7 @@ class _Trainer:
         reason: str,
         final: Evaluation | None = None,
         sets: Mapping[str, Any] | None = None,
+        privileged: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         progress = self.progress
         start = progress.start.get("student")
@@ -531,10 +636,28 @@ class _Trainer:
             "terms": self._terms(),
             "best": self._best(),
             "sets": {"start": progress.start.get("sets", {}), "final": sets or {}},
+            "privilege": {"start": progress.start.get("privilege", {}), "final": privileged or {}},
+            "teachers": self._teachers(final),
             "notes": self.session.notes,
         }
+        routes = summary["teachers"].get("routes", [])
+        start_routes = progress.start.get("routes", [])
+        summary["notes"] = [
+            *self.session.notes,
+            *by_route.worse_teachers(start_routes, progress.start.get("route_teachers", [])),
+            *by_route.fallen_routes(routes),
+        ]
         figures: dict[str, Any] = plain(summary)
         return figures
+
+    def _teachers(self, final: Evaluation | None) -> dict[str, Any]:
+        """What is known of several teachers: each by name, every two, and every route."""
+        found = summary_of_teachers(self.progress.totals, self.progress.stats)
+        router, start = self.session.router, self.progress.start
+        if router is not None and final is not None and "routes" in start:
+            end = by_route.accuracy_by_route(router, self.session.test.prompts, final.scores)
+            found["routes"] = by_route.compared(start["routes"], end, start["route_teachers"])
+        return found
 
     def _terms(self) -> dict[str, str]:
         """What each term's loss is, by the label in metrics."""
@@ -569,6 +692,9 @@ class _Trainer:
             event["sampler_differs"] = list(phase.plan.mismatch)
         if evaluation is not None:
             event["evaluation"] = {"validation": evaluation.accuracy.as_dict()}
+            if evaluation.metrics:
+                found = {name: stat.mean for name, stat in evaluation.metrics.items()}
+                event["evaluation"]["metrics"] = found
         append_line(self.folder.events, event)
         self._track(phase, metrics, evaluation)
         rollout = text.rollout
@@ -594,6 +720,35 @@ class _Trainer:
             values[f"{phase.name}/validation/accuracy"] = evaluation.accuracy.value
         before = sum(earlier.steps for earlier in self.session.phases[: self.progress.phase])
         self.trackers.log(values, before + self.progress.step)
+
+
+def summary_of_teachers(
+    totals: Mapping[str, Sequence[float]], latest: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """`models`: share, log-ratio and seconds a step by name; `conflict`: a row for every two."""
+    models: dict[str, dict[str, float]] = {}
+    pairs: dict[str, dict[str, Any]] = {}
+    for metric, (total, count) in totals.items():
+        _, name, what = metric.split("/", 2)
+        if "|" not in name:
+            models.setdefault(name, {})[what] = total / count if count else math.nan
+    for metric, (total, count) in latest.items():
+        if not (metric.startswith("teacher/") and "|" in metric) or not count:
+            continue
+        _, pair, what = metric.split("/", 2)
+        one, other = pair.split("|")
+        swapped = f"{other}|{one}" in pairs
+        row = pairs.setdefault(
+            f"{other}|{one}" if swapped else pair, {"first": one, "second": other}
+        )
+        mean_total, mean_count = totals[metric]
+        name = f"{what}_back" if swapped else what
+        row[name] = mean_total / mean_count
+        row[f"last_{name}"] = total / count
+    return {
+        **({"models": models} if models else {}),
+        **({"conflict": list(pairs.values())} if pairs else {}),
+    }
 
 
 class _Clock:

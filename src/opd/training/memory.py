@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
 from opd.head.visit import budget_on
-from opd.training.config import RunConfig
+from opd.training.config import OTHER_TEACHER, RunConfig
 from opd.training.facts import ModelFacts
 from opd.training.plan import is_scored, reply_is_distribution
 from opd.training.session import Phase, micro_batch_tokens
+from opd.types import TeacherView
 
 # What a layer keeps for its backward pass, per token and hidden unit in a 16-bit dtype, when
 # attention matrices are not stored: measured on Qwen3 shapes. A plain GELU layer keeps 34
@@ -48,7 +50,7 @@ def memory_parts(
     teacher: ModelFacts | None,
     prompt_tokens: int,
     device: torch.device,
-    others: Sequence[ModelFacts] = (),
+    others: Mapping[str, ModelFacts] = MappingProxyType({}),
 ) -> list[MemoryPart]:
     """The parts of a run's memory, in the order in which a step meets them.
 
@@ -59,7 +61,7 @@ def memory_parts(
         phase: the distillation.
         prompt_tokens: of the longest prompt that is expected.
         device: where the run takes place.
-        others: further teachers.
+        others: further teachers, by name.
     """
     parts = _parts(config, phase, student, teacher, prompt_tokens, device, others)
     if device.type != "cpu":
@@ -104,7 +106,7 @@ def _parts(
     teacher: ModelFacts | None,
     prompt_tokens: int,
     device: torch.device,
-    others: Sequence[ModelFacts] = (),
+    others: Mapping[str, ModelFacts],
 ) -> Iterator[MemoryPart]:
     trainable = trainable_parameters(config, student)
     sequences = phase.prompts_per_step * phase.plan.sampler.samples_per_prompt
@@ -116,16 +118,7 @@ def _parts(
     yield MemoryPart(
         "student weights", student.bytes, f"{student.parameters:,} parameters, student.dtype"
     )
-    if teacher is not None:
-        yield MemoryPart(
-            "teacher weights", teacher.bytes, f"{teacher.parameters:,} parameters, teacher.dtype"
-        )
-    if others:
-        yield MemoryPart(
-            "further teachers' weights",
-            sum(other.bytes for other in others),
-            f"{len(others)} models, [teachers]",
-        )
+    yield from _of_teachers(config, phase, teacher, others, device)
     views = phase.plan.views
     frozen = any(view.source == "initial_student" for view in views)
     if frozen and not (config.student.lora.r and not config.warmup.steps):
@@ -165,7 +158,7 @@ def _parts(
             "sequences are dropped; sampler.max_sequences",
         )
     for view in views:
-        model = teacher if view.source == "teacher" else student
+        model = _scorer_of(view, teacher, others) if view.source == "teacher" else student
         if model and is_scored(view) and reply_is_distribution(phase.plan.needs, view.name):
             yield MemoryPart(
                 f"{view.name}'s hidden states",
@@ -196,3 +189,55 @@ def _parts(
             4.0 * student.hollow.vocab_size * hidden,
             "in float32, while a micro-batch is differentiated",
         )
+
+
+def _of_teachers(
+    config: RunConfig,
+    phase: Phase,
+    teacher: ModelFacts | None,
+    others: Mapping[str, ModelFacts],
+    device: torch.device,
+) -> Iterator[MemoryPart]:
+    """Weights of teachers that stay on the device, of the largest that comes in turn, and heads.
+
+    On a CPU host memory is the device's.
+    """
+    gone = ("disk",) if device.type == "cpu" else ("disk", "host")
+    staying = [other for name, other in others.items() if config.teachers[name].keep not in gone]
+    passing = [other for name, other in others.items() if config.teachers[name].keep in gone]
+    if teacher is not None and config.teacher.keep in gone:
+        passing.append(teacher)
+    elif teacher is not None:
+        yield MemoryPart(
+            "teacher weights", teacher.bytes, f"{teacher.parameters:,} parameters, teacher.dtype"
+        )
+    if staying:
+        yield MemoryPart(
+            "further teachers' weights",
+            sum(other.bytes for other in staying),
+            f"{len(staying)} models, [teachers]",
+        )
+    if not passing:
+        return
+    yield MemoryPart(
+        "weights of the teacher whose turn it is",
+        max(one.bytes for one in passing),
+        f"the largest of {len(passing)} that are not kept on the device, teacher.keep",
+    )
+    views = (view for view in phase.plan.views if view.source == "teacher")
+    if any(reply_is_distribution(phase.plan.needs, view.name) for view in views):
+        yield MemoryPart(
+            "unembeddings of teachers that have left",
+            sum(one.hollow.vocab_size * one.config.hidden_size * one.item_bytes for one in passing),
+            f"{len(passing)} of them stay until the update",
+        )
+
+
+def _scorer_of(
+    view: TeacherView, teacher: ModelFacts | None, others: Mapping[str, ModelFacts]
+) -> ModelFacts | None:
+    """The model that scores a view; of a route the widest, to whose width replies are padded."""
+    own = others.get(view.name.removeprefix(OTHER_TEACHER), teacher)
+    if own is not None or not others:
+        return own
+    return max(others.values(), key=lambda other: int(other.config.hidden_size))

@@ -6,10 +6,20 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from opd.errors import ConfigError
-from opd.fields import positional_names
+from opd.fields import FIELDS, positional_names
+from opd.formula import support as supports
 from opd.objective import Method, Objective
 from opd.schedule import Schedule
-from opd.types import STUDENT_PART, Need, SamplerSettings, StateSource, TeacherView, with_parts
+from opd.terms import sees_everything
+from opd.types import (
+    STUDENT_PART,
+    Bound,
+    Need,
+    SamplerSettings,
+    StateSource,
+    TeacherView,
+    with_parts,
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,8 @@ def make_plan(
             visits = updates_per_rollout if view.moves else 1
             reads = f"; reads {view.context!r}" if view.context else ""
             passes.append(Pass("score", view.name, "forward", visits, ", ".join(fields) + reads))
-    visits = _signal_visits(method, needs, mismatch, updates_per_rollout)
+    made = frozenset(view.name for view in views if not is_scored(view))
+    visits = _signal_visits(method, needs, mismatch, updates_per_rollout, made)
     if visits:
         why = "fields that coupled quantities start from"
         if objective.critic_term is not None:
@@ -148,14 +159,27 @@ def is_scored(view: TeacherView) -> bool:
 def _combined_needs(views: Iterable[TeacherView], asked: Collection[Need]) -> frozenset[Need]:
     """What views made in the head add: whole distributions, of themselves and of their parts.
 
-    One that is not normalised asks of its parts what is asked of it.
+    One that is made entry by entry asks of its parts what is asked of it: a sum that is not
+    normalised always, an arithmetic mixture of which single tokens alone are asked.
     """
     made = [view for view in views if not is_scored(view)]
-    whole = {name for view in made if view.normalised for name in (view.name, *dict(view.parts))}
-    sums = [view for view in made if not view.normalised]
+    inside = {name for view in made for name, _ in view.parts}
+    by_token = [
+        view
+        for view in made
+        if not view.normalised
+        or (
+            view.mix == "arithmetic"
+            and view.name not in inside
+            and {need.field for need in asked if need.view == view.name} == {"logp"}
+        )
+    ]
+    whole = {
+        name for view in made if view not in by_token for name in (view.name, *dict(view.parts))
+    }
     handed_on = {
         replace(need, view=name)
-        for view in sums
+        for view in by_token
         for need in asked
         if need.view == view.name
         for name, _ in view.parts
@@ -176,6 +200,71 @@ def reply_is_distribution(needs: frozenset[Need], view: str) -> bool:
 
 def _own_top(need: Need) -> bool:
     return need.support == "own_top"
+
+
+@dataclass(frozen=True)
+class AskedEntries:
+    """What a view has to say of single tokens, where that is all the objective reads of it.
+
+    Attributes:
+        top_k: so many of its own likeliest tokens.
+        student_k: so many of the student's likeliest.
+        own_token: the chosen token is part of a support.
+        entropy: that of its whole distribution.
+    """
+
+    top_k: int = 0
+    student_k: int = 0
+    own_token: bool = False
+    entropy: bool = False
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of a reply: ids and log-probabilities of the own ones, log-probabilities of the others.
+
+        The chosen token's log-probability is always among them, for the metrics.
+        """
+        return 4 * (1 + 2 * self.top_k + self.student_k + self.own_token + self.entropy)
+
+
+def asked_entries(objective: Objective, needs: Collection[Need], view: str) -> AskedEntries | None:
+    """What single tokens answer for a view; None where the objective reads more of it."""
+    own = [need for need in needs if need.view == view]
+    handed_on = [need for need in own if need not in objective.needs]
+    entropy = any(need.field == "teacher_entropy" and need.support == "full" for need in own)
+    if any(need.support == "full" for need in handed_on) or _reads_everything(objective, view):
+        return None
+    bounds = [Bound.of(term.support) for _, term in objective.parts()]
+    readers = {name for bound in bounds for name in positional_names(bound.function)}
+    by_support = any(
+        need.support != "full" and need.field not in ("logp", "top_ids") and not _own_top(need)
+        for need in own
+    )
+    if by_support and not readers <= {"student_top_ids", "teacher_top_ids", "tokens"}:
+        return None
+    return AskedEntries(
+        top_k=objective.support_size("teacher_top_ids"),
+        student_k=objective.support_size("student_top_ids") if by_support else 0,
+        own_token=by_support and "tokens" in readers,
+        entropy=entropy,
+    )
+
+
+def _reads_everything(objective: Objective, view: str) -> bool:
+    """Whether a formula reads a view on the whole vocabulary, and not its entropy alone."""
+    for _, term in objective.parts():
+        if term.against != view:
+            continue
+        on_everything = Bound.of(term.support).function is supports.full
+        for place, bound in term.slots():
+            for name in positional_names(bound.function):
+                field = FIELDS.get(name)
+                reads = field and field.side in ("view", "both") and field.scope == "support"
+                whole = on_everything or sees_everything(place, name)
+                told = name == "teacher_entropy" and not term.smoothing
+                if reads and whole and not told:
+                    return True
+    return objective.critic_term is not None and objective.critic_term.against == view
 
 
 def _mismatch(
@@ -280,17 +369,24 @@ def _in_words(value: float | Schedule, *, percent: bool = False) -> str:
 
 
 def _signal_visits(
-    method: Method, needs: frozenset[Need], mismatch: tuple[str, ...], updates: int
+    method: Method,
+    needs: frozenset[Need],
+    mismatch: tuple[str, ...],
+    updates: int,
+    made: Collection[str],
 ) -> int:
     """Visits of the student for the signal phase: none for what others already told.
 
     A view that replies with numbers of the chosen tokens has told its part; the sampler has told
     the student's part before the first update, if it drew from the policy that is compared.
+
+    Args:
+        made: views that the head makes of others, of which nobody tells anything.
     """
     untold = {
         key.name
         for key in method.objective.signal_keys()
-        if key.name != "teacher_logp" or reply_is_distribution(needs, key.view)
+        if key.name != "teacher_logp" or key.view in made or reply_is_distribution(needs, key.view)
     }
     if method.objective.critic_term is not None:
         return updates

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ from opd.types import (
 SEQUENCES, TOKENS, WIDTH = 4, 5, 8
 SMALL = 16
 """Tokens of the vocabulary where nothing asks for more."""
+LATE = 10**9
+"""A step at which every schedule has come to its end."""
 
 
 def try_objective(
@@ -179,4 +182,9 @@ def _scores(view: TeacherView, rows: int, random: _Random, end: int) -> TeacherS
         (name, weight.reachable()[end] if isinstance(weight, Schedule) else weight)
         for name, weight in view.parts
     )
-    return TeacherScores(parts=parts or ((STUDENT_PART, 1.0),), normalised=view.normalised)
+    if view.mix == "arithmetic":  # whose weights go together: the shares of its first or last step
+        settled, _ = view.at((0, LATE)[end], {}, {})
+        parts = cast("tuple[tuple[str, float], ...]", settled.parts)
+    return TeacherScores(
+        parts=parts or ((STUDENT_PART, 1.0),), normalised=view.normalised, mix=view.mix
+    )

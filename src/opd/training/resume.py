@@ -12,6 +12,8 @@ from opd.training.folder import RunFolder
 
 FINISHED = "finished"
 MAY_DIFFER = ("output", "name")
+WHERE_A_TEACHER_IS = ("url", "key_env", "client")
+"""Of a teacher's table: what decides nothing that it says."""
 
 
 def last_checkpoint(folder: RunFolder, run: Run) -> Checkpoint | None:
@@ -41,6 +43,9 @@ def _check_config(folder: RunFolder, wrote: dict[str, Any], now: dict[str, Any])
     for config in (wrote, now):
         for key in MAY_DIFFER:
             del config[key]
+        for table in (config["teacher"], *config["teachers"].values()):
+            if table["url"]:
+                table.update(dict.fromkeys(WHERE_A_TEACHER_IS, "elsewhere"))
     different = first_difference(wrote, now)
     if not different:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,18 @@ from opd.objective import Method
 from opd.rollout.local import LocalSampler
 from opd.spec import method_from_tree
 from opd.student import Student
-from opd.teacher.context import ContextEncoder, context_fields
+from opd.teacher.context import ContextEncoder
 from opd.teacher.local import LocalTeacher
+from opd.teacher.query import Described, Endpoint
+from opd.teacher.remote import RemoteTeacher
+from opd.teacher.routed import RoutedTeacher, Router
+from opd.teacher.turns import (
+    DiskModel,
+    HostModel,
+    Turns,
+    TurnSampler,
+    TurnTeacher,
+)
 from opd.training.config import (
     OTHER_TEACHER,
     DataConfig,
@@ -34,7 +45,17 @@ from opd.training.config import (
     RunConfig,
     TeacherConfig,
 )
-from opd.training.plan import Plan, make_plan
+from opd.training.conflict import Rivals, find_rivals, why_not_measured
+from opd.training.plan import AskedEntries, Plan, asked_entries, make_plan
+from opd.training.privilege import HeldOut, check_context, check_told, held_out
+from opd.training.remotes import (
+    check_described,
+    entries_of,
+    open_endpoint,
+    remote_teacher,
+    trial_texts,
+    try_teacher,
+)
 from opd.training.trackers import check_trackers
 from opd.types import (
     Prompt,
@@ -42,7 +63,6 @@ from opd.types import (
     Sampler,
     SamplerSettings,
     Teacher,
-    TeacherView,
     Verifier,
     with_parts,
 )
@@ -71,6 +91,7 @@ class Session:
     student_sampler: Sampler
     teacher_sampler: Sampler | None
     teachers: dict[str, Teacher]
+    entries: Mapping[str, AskedEntries]
     train_prompts: PromptSet
     validation: PromptSet
     test: PromptSet
@@ -80,6 +101,11 @@ class Session:
     merge_ids: tuple[tuple[int, ...], ...]
     device: torch.device
     context_encoder: ContextEncoder
+    held_out: HeldOut | None = None
+    router: Router | None = None
+    teacher_samplers: Mapping[str, Sampler] = field(default_factory=dict)
+    rivals: Rivals | None = None
+    turns: Turns = field(default_factory=Turns)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -118,21 +144,25 @@ def open_session(
     _keep_freed_memory()
     method = method or build_method(run)
     student = student or load_student(run, device)
-    loaded_teacher, scorer = _teacher(run, teacher, device, method)
-    vocab_size = (
-        check_same_vocabulary(student, loaded_teacher, merge_stop_ids=config.method.merge_stop_ids)
-        if loaded_teacher
-        else student.vocab_size
-    )
+    router = find_router(run)
+    turns = Turns()
+    source = _teacher(run, teacher, device, method)
     further = _further_teachers(run, method, device)
-    for one in further.values():
-        shared = check_same_vocabulary(student, one, merge_stop_ids=config.method.merge_stop_ids)
-        vocab_size = min(vocab_size, shared)
-    merge_ids = _merge_ids(config, student, loaded_teacher, *further.values())
+    merged = config.method.merge_stop_ids
+    described = [
+        one
+        for one in (source, *further.values())
+        if isinstance(one, LoadedModel | Served | HostModel | DiskModel)
+    ]
+    vocab_size = min(
+        (_shared_tokens(student, one, merge_stop_ids=merged) for one in described),
+        default=student.vocab_size,
+    )
+    merge_ids = _merge_ids(config, student, described)
     module = Student(student, vocab_size=vocab_size)
     _check_trainable(module)
     phases = make_phases(config, method, merge_ids)
-    teachers = _scorers(config, phases[-1], scorer, loaded_teacher, module, device, further)
+    teachers = _scorers(config, phases[-1], source, module, device, further, router, turns)
     splits = load_run_prompts(run, student, prompts, phases)
     chosen = verifier or find_verifier(run, *splits)
     session = Session(
@@ -141,14 +171,9 @@ def open_session(
         student=module,
         # samplers draw from the tokens that are compared, so that their policy is the student's
         student_sampler=LocalSampler(replace(student, vocab_size=vocab_size)),
-        teacher_sampler=(
-            LocalSampler(
-                replace(loaded_teacher, vocab_size=vocab_size), provenance=Provenance.TEACHER
-            )
-            if loaded_teacher
-            else None
-        ),
+        teacher_sampler=_teacher_sampler(source, vocab_size, turns),
         teachers=teachers,
+        entries=_asked_entries(phases[-1], teachers, config),
         train_prompts=splits[0],
         validation=splits[1],
         test=splits[2],
@@ -162,10 +187,20 @@ def open_session(
         context_encoder=ContextEncoder(
             student.tokenizer, prompt_settings(config.data, with_responses=False)
         ),
+        router=router,
+        teacher_samplers=_routed_samplers(further, vocab_size, turns) if router else {},
+        turns=turns,
     )
+    session.rivals = _rivals(session)
     _check_contexts(session)
+    session.held_out = _held_out(session)
+    if router is not None:
+        check_routes(router, some_prompts(session.train_prompts))
     session.notes += _notes(session)
     _check_writers(session)
+    for name, one in {"teacher": source, **further}.items():
+        if isinstance(one, Served):
+            session.notes += _tried(session, name, one)
     known = [session.train_prompts, session.validation, session.test, *session.sets.values()]
     check_positions(positions(student.model), longest_prompt(known), config.sampler.max_new_tokens)
     return session
@@ -222,14 +257,23 @@ def load_student(run: Run, device: torch.device) -> LoadedModel:
 
 
 def load_teacher(
-    run: Run, device: torch.device, config: TeacherConfig | None = None
+    run: Run,
+    device: torch.device,
+    config: TeacherConfig | None = None,
+    *,
+    where: torch.device | None = None,
 ) -> LoadedModel:
-    """The teacher of the run file, or another of its teachers, its weights frozen."""
+    """The teacher of the run file, or another of its teachers, its weights frozen.
+
+    Args:
+        device: where it works.
+        where: where its weights are loaded to; there if not given.
+    """
     config = config or run.config.teacher
     loaded = load_model(
         run.path(config.model),
         dtype="float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype,
-        device=str(device),
+        device=str(where or device),
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
         revision=config.revision or None,
@@ -288,27 +332,96 @@ def make_phases(
     return tuple(phases)
 
 
-def _teacher(
-    run: Run, given: LoadedModel | Teacher | None, device: torch.device, method: Method
-) -> tuple[LoadedModel | None, Teacher | None]:
+@dataclass(frozen=True)
+class Served:
+    """A teacher that is asked at a url."""
+
+    endpoint: Endpoint
+    described: Described
+    config: TeacherConfig
+
+
+def _tried(session: Session, view: str, served: Served) -> list[str]:
+    """Ask a served teacher about two texts, before anything is trained on what it says.
+
+    Returns:
+        What is worth knowing.
+
+    Raises:
+        TeacherError: what is wrong.
+    """
+    phase, config = session.phases[-1], session.config
+    found = try_teacher(
+        served.endpoint,
+        served.config,
+        phase.method.objective,
+        phase.plan.needs,
+        view,
+        student=session.student.loaded,
+        texts=trial_texts(some_prompts(session.train_prompts)),
+        merge_stop_ids=config.method.merge_stop_ids,
+    )
+    if found.errors:
+        raise TeacherError("; ".join(found.errors))
+    return [f"{served.endpoint.name}: {note}" for note in found.notes]
+
+
+Opened = LoadedModel | Served | HostModel | DiskModel
+"""A teacher of the run file: a model here, one elsewhere, or one that comes in its turn."""
+
+Source = Opened | Teacher
+"""Where scores come from: a teacher of the run file, or an object in hand."""
+
+
+def _teacher(run: Run, given: Source | None, device: torch.device, method: Method) -> Source | None:
     config = run.config
-    if isinstance(given, LoadedModel):
-        return given, None
     if given is not None:
-        return None, given
+        if config.teacher.route:
+            raise ConfigError(
+                f"{run.source}: teacher.route = {config.teacher.route!r} goes to the models of "
+                "[teachers.NAME], and a teacher in hand was given beside them; leave one out"
+            )
+        return given
+    if config.teacher.route:
+        return None
     wanted = (
         asks_the_teacher(method, config.teachers)
         or method.states.teacher_writes
         or (config.warmup.steps > 0 and config.warmup.source == "teacher")
     )
-    if config.teacher.model:
-        return load_teacher(run, device), None
+    if config.teacher.model or config.teacher.url:
+        return _opened(run, "teacher", config.teacher, device)
     if wanted:
         raise ConfigError(
             f"{run.source}: the method {method.name!r} needs a teacher; set teacher.model to a "
-            "folder or a Hugging Face id"
+            "folder or a Hugging Face id, or teacher.url to a server"
         )
-    return None, None
+    return None
+
+
+def _opened(run: Run, name: str, config: TeacherConfig, device: torch.device) -> Opened:
+    if not config.url and config.keep == "host":
+        here = load_teacher(run, device, config, where=torch.device("cpu"))
+        return HostModel(here, device)
+    if not config.url and config.keep == "disk":
+        return DiskModel(partial(load_teacher, run, device, config))
+    if not config.url:
+        return load_teacher(run, device, config)
+    endpoint = open_endpoint(name, config)
+    return Served(endpoint, endpoint.describe(), config)
+
+
+def _shared_tokens(student: LoadedModel, source: Opened, *, merge_stop_ids: bool) -> int:
+    if isinstance(source, Served):
+        return check_described(
+            student, source.described, source.endpoint.name, merge_stop_ids=merge_stop_ids
+        )
+    return check_same_vocabulary(student, _facts(source), merge_stop_ids=merge_stop_ids)
+
+
+def _facts(source: LoadedModel | HostModel | DiskModel) -> LoadedModel:
+    """What is known of a model in this process, its weights aside."""
+    return source if isinstance(source, LoadedModel) else source.facts
 
 
 def asks_the_teacher(method: Method, teachers: Collection[str] = ()) -> bool:
@@ -323,17 +436,44 @@ def asks_the_teacher(method: Method, teachers: Collection[str] = ()) -> bool:
     )
 
 
+def find_router(run: Run) -> Router | None:
+    """Whom `teacher.route` sends a prompt to; None where the run file has no route.
+
+    Raises:
+        ConfigError: a function that is not there.
+    """
+    route = run.config.teacher.route
+    return Router(route, tuple(run.config.teachers), run.base) if route else None
+
+
+def check_routes(router: Router, prompts: Sequence[Prompt]) -> None:
+    """Refuse a record that is routed to nobody.
+
+    Raises:
+        DataError: names the record and what its route says.
+    """
+    for prompt in prompts:
+        router(prompt)
+
+
 def check_teachers(run: Run, method: Method) -> None:
-    """Refuse a further teacher that no view asks, and a combination of one model with itself.
+    """Refuse a further teacher that no view asks, a route that none takes, and a combination of one
+    model with itself.
 
     Raises:
         ConfigError: names the table and the views there are.
     """
     views = {view.name: view for view in with_parts(method.objective.views(), method.views)}
     asked = [name for name, view in views.items() if view.source == "teacher"]
-    named = run.config.teachers
+    named, route = run.config.teachers, run.config.teacher.route
+    if route and all(name.removeprefix(OTHER_TEACHER) in named for name in asked):
+        raise ConfigError(
+            f"{run.source}: teacher.route = {route!r} says who scores the view 'teacher', which "
+            f"{method.name!r} does not ask; it asks: {', '.join(sorted(asked)) or 'no teacher'}. "
+            "Leave the route out"
+        )
     for name in named:
-        if OTHER_TEACHER + name not in asked:
+        if OTHER_TEACHER + name not in asked and not route:
             raise ConfigError(
                 f"{run.source}: [teachers.{name}] scores the view 'teacher.{name}', which "
                 f"{method.name!r} does not ask; it asks: {', '.join(sorted(asked)) or 'no teacher'}"
@@ -345,7 +485,8 @@ def check_teachers(run: Run, method: Method) -> None:
             if whose is None or whose.parts:
                 continue
             name = part.removeprefix(OTHER_TEACHER)
-            told = (whose.source, whose.context, whose.decay, named.get(name))
+            read = (whose.context, whose.context_role, whose.chat_template_kwargs)
+            told = (whose.source, read, whose.decay, named.get(name))
             if told in seen:
                 missing = name if name not in named else seen[told].removeprefix(OTHER_TEACHER)
                 raise ConfigError(
@@ -356,11 +497,11 @@ def check_teachers(run: Run, method: Method) -> None:
             seen[told] = part
 
 
-def _further_teachers(run: Run, method: Method, device: torch.device) -> dict[str, LoadedModel]:
+def _further_teachers(run: Run, method: Method, device: torch.device) -> dict[str, Opened]:
     """The models of `[teachers.NAME]`, by the views that they score."""
     check_teachers(run, method)
     return {
-        OTHER_TEACHER + name: load_teacher(run, device, config)
+        OTHER_TEACHER + name: _opened(run, name, config, device)
         for name, config in run.config.teachers.items()
     }
 
@@ -368,14 +509,31 @@ def _further_teachers(run: Run, method: Method, device: torch.device) -> dict[st
 def _scorers(
     config: RunConfig,
     phase: Phase,
-    scorer: Teacher | None,
-    loaded: LoadedModel | None,
+    source: Source | None,
     student: Student,
     device: torch.device,
-    further: Mapping[str, LoadedModel],
+    further: Mapping[str, Opened],
+    router: Router | None,
+    turns: Turns,
 ) -> dict[str, Teacher]:
     """Who scores the views of the teacher and of the live student; others join with the phase."""
     teachers: dict[str, Teacher] = {}
+    named = {
+        view: _scorer(
+            own,
+            student.vocab_size,
+            micro_batch_tokens(
+                config.teachers[view.removeprefix(OTHER_TEACHER)].max_tokens
+                or config.teacher.max_tokens,
+                device,
+            ),
+            turns,
+        )
+        for view, own in further.items()
+    }
+    routed = router and RoutedTeacher(
+        {view.removeprefix(OTHER_TEACHER): teacher for view, teacher in named.items()}, router
+    )
     own_tokens = micro_batch_tokens(config.train.max_tokens, device)
     max_tokens = micro_batch_tokens(config.teacher.max_tokens, device)
     for view in phase.plan.views:
@@ -383,16 +541,13 @@ def _scorers(
             teachers[view.name] = LocalTeacher(
                 student.loaded, vocab_size=student.vocab_size, max_tokens=own_tokens
             )
-        elif view.source == "teacher" and view.name in further:
-            teachers[view.name] = LocalTeacher(
-                further[view.name], vocab_size=student.vocab_size, max_tokens=max_tokens
-            )
-        elif view.source == "teacher" and scorer is not None:
-            teachers[view.name] = scorer
-        elif view.source == "teacher" and loaded is not None:
-            teachers[view.name] = LocalTeacher(
-                loaded, vocab_size=student.vocab_size, max_tokens=max_tokens
-            )
+        elif view.source == "teacher":
+            if view.name in named:
+                teachers[view.name] = named[view.name]
+            elif routed:
+                teachers[view.name] = routed
+            elif source is not None:
+                teachers[view.name] = _scorer(source, student.vocab_size, max_tokens, turns)
     for need in phase.plan.needs:
         teacher = teachers.get(need.view)
         if teacher is not None and not teacher.can(need):
@@ -403,12 +558,113 @@ def _scorers(
     return teachers
 
 
+def _scorer(source: Source, vocab_size: int, max_tokens: int, turns: Turns) -> Teacher:
+    if isinstance(source, LoadedModel):
+        return LocalTeacher(source, vocab_size=vocab_size, max_tokens=max_tokens)
+    if isinstance(source, HostModel | DiskModel):
+        return TurnTeacher(source, turns, vocab_size=vocab_size, max_tokens=max_tokens)
+    if isinstance(source, Served):
+        return remote_teacher(source.endpoint, source.config, vocab_size=vocab_size)
+    return source
+
+
+def _teacher_sampler(source: Source | None, vocab_size: int, turns: Turns) -> Sampler | None:
+    """Who writes as a teacher; None of one that only scores."""
+    if isinstance(source, LoadedModel):
+        return LocalSampler(replace(source, vocab_size=vocab_size), provenance=Provenance.TEACHER)
+    if isinstance(source, HostModel | DiskModel):
+        return TurnSampler(source, turns, vocab_size=vocab_size)
+    return None
+
+
+def _routed_samplers(
+    further: Mapping[str, Opened], vocab_size: int, turns: Turns
+) -> dict[str, Sampler]:
+    """Routed teachers that can show what they know, by name."""
+    found = {
+        view.removeprefix(OTHER_TEACHER): _teacher_sampler(source, vocab_size, turns)
+        for view, source in further.items()
+    }
+    return {name: sampler for name, sampler in found.items() if sampler is not None}
+
+
+def _rivals(session: Session) -> Rivals | None:
+    """The teachers whose conflict is measured; a note where there are some and it cannot be."""
+    phase = session.phases[-1]
+    rivals = find_rivals(phase.method, phase.plan, session.teachers)
+    if rivals is None or not session.config.teacher.conflict_every:
+        return None
+    if reason := why_not_measured(rivals):
+        session.notes.append(reason)
+        return None
+    return rivals
+
+
+def _asked_entries(
+    phase: Phase, teachers: Mapping[str, Teacher], config: RunConfig
+) -> dict[str, AskedEntries]:
+    """What the served views say of single tokens, where they do not hand out hidden states."""
+    found = {}
+    for view, teacher in teachers.items():
+        entries: AskedEntries | None = None
+        if isinstance(teacher, RemoteTeacher):
+            own = config.teachers.get(view.removeprefix(OTHER_TEACHER), config.teacher)
+            entries = entries_of(teacher, own, phase.method.objective, phase.plan.needs, view)
+        elif isinstance(teacher, RoutedTeacher):
+            entries = _entries_of_all(teacher.teachers, view, phase, config)
+        if entries is not None:
+            found[view] = entries
+    return found
+
+
+def _entries_of_all(
+    teachers: Mapping[str, Teacher], view: str, phase: Phase, config: RunConfig
+) -> AskedEntries | None:
+    """What routed teachers are asked of single tokens, all of them or none.
+
+    Where one has to answer by entries, or does because they are fewer bytes, the others do too.
+
+    Raises:
+        ConfigError: one can do only the one, and another only the other.
+    """
+    objective, needs = phase.method.objective, phase.plan.needs
+    served = {name: each for name, each in teachers.items() if isinstance(each, RemoteTeacher)}
+    by_entries = {
+        name: entries_of(teacher, config.teachers[name], objective, needs, view) is not None
+        for name, teacher in served.items()
+    }
+    if not any(by_entries.values()):
+        return None
+    first = next(name for name, is_so in by_entries.items() if is_so)
+    for name, teacher in served.items():
+        own = config.teachers[name]
+        try:
+            if own.reply == "hidden":
+                raise ConfigError(f"teachers.{name}.reply = 'hidden'")
+            entries_of(teacher, replace(own, reply="entries"), objective, needs, view)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the view {view!r} is routed to {first!r}, which answers by entries, and to "
+                f"{name!r}, which cannot: {error}. One reply goes into the other's rows, so all of "
+                "them answer in the same form; give them the same `reply`"
+            ) from None
+    return asked_entries(objective, needs, view)
+
+
 def _merge_ids(
-    config: RunConfig, student: LoadedModel, *teachers: LoadedModel | None
+    config: RunConfig, student: LoadedModel, teachers: Sequence[Opened]
 ) -> tuple[tuple[int, ...], ...]:
     if not config.method.merge_stop_ids:
         return ()
-    of_teachers = (ids for teacher in teachers if teacher for ids in teacher.eos_ids)
+    of_teachers = (
+        ids
+        for teacher in teachers
+        for ids in (
+            teacher.described.special.get("eos", ())
+            if isinstance(teacher, Served)
+            else _facts(teacher).eos_ids
+        )
+    )
     ids = list(dict.fromkeys((*student.eos_ids, *of_teachers)))
     return (tuple(ids),) if len(ids) > 1 else ()
 
@@ -534,46 +790,37 @@ def _check_answers(spec: str, column: str, prompts: PromptSet) -> None:
         )
 
 
-def check_context(
-    view: TeacherView,
-    prompts: Sequence[Prompt],
-    encoder: ContextEncoder,
-    limit: int | None,
-    new: int,
-) -> None:
-    """Refuse a context that a record has no columns for, or that leaves no room for a response.
-
-    Args:
-        prompts: the records, or some of an endless source.
-        limit: positions of the model that reads the context; None: it does not say.
-        new: tokens of the longest response.
-
-    Raises:
-        ConfigError, DataError: name the view's context, or the record and the column.
-    """
-    context_fields(view.context)
-    encoded = encoder.encode(prompts, view.context)
-    longest, where = max(((len(ids), p.id) for ids, p in zip(encoded, prompts, strict=True)))
-    if limit is not None and longest + new > limit:
-        raise ConfigError(
-            f"the view {view.name!r} reads prompts of up to {longest} tokens ({where}), which with "
-            f"responses of up to {new} are more than the {limit} positions of its model; shorten "
-            "its context, or lower sampler.max_new_tokens"
-        )
-
-
 def _check_contexts(session: Session) -> None:
+    samples = session.config.sampler.samples_per_prompt
+    check_told(session.phases[-1].method, samples=samples)
     for view in session.phases[-1].plan.views:
         if view.context:
             scorer = session.teachers.get(view.name)
-            own = scorer.loaded if isinstance(scorer, LocalTeacher) else session.student.loaded
+            scorers: list[Teacher | None] = [scorer]
+            if isinstance(scorer, RoutedTeacher):
+                scorers = [*scorer.teachers.values()]
+            own = [one.loaded for one in scorers if isinstance(one, LocalTeacher | TurnTeacher)]
+            limits = [positions(each.model) for each in own or [session.student.loaded]]
             check_context(
                 view,
                 some_prompts(session.train_prompts),
                 session.context_encoder,
-                positions(own.model),
+                min((limit for limit in limits if limit is not None), default=None),
                 session.config.sampler.max_new_tokens,
             )
+
+
+def _held_out(session: Session) -> HeldOut:
+    """What of the views with a context can be measured on the held-out prompts."""
+    sets = {id(each): each.prompts for each in (session.validation, session.test)}
+    return held_out(
+        session.phases[-1].plan.views,
+        [prompt for prompts in sets.values() for prompt in prompts],
+        session.context_encoder,
+        answered=session.config.evaluate.privileged,
+        limit=positions(session.student.loaded.model),
+        new=session.config.sampler.max_new_tokens,
+    )
 
 
 def some_prompts(prompts: PromptSet) -> Sequence[Prompt]:
@@ -628,7 +875,8 @@ def _check_writers(session: Session) -> None:
         if together and not all(isinstance(sampler, LocalSampler) for sampler in samplers):
             raise ConfigError(
                 "states.mixture and states.interleave run student and teacher side by side, which "
-                "takes two models in this process; use states.teacher_prefix or states.teacher"
+                "takes two models in this process that stay (teacher.keep = 'device'); use "
+                "states.teacher_prefix or states.teacher"
             )
 
 
@@ -638,6 +886,7 @@ def check_judged(method: Method, verifier: Verifier | None) -> None:
     Raises:
         ConfigError: names what asks for it.
     """
+    check_told(method, judged=verifier is not None)
     asks = []
     if method.states.reach("rewrite"):
         asks.append("states.rewrite")
@@ -667,6 +916,8 @@ def _notes(session: Session) -> list[str]:
                 f"{prompts.source}: skipped {prompts.skipped_empty} empty prompts and "
                 f"{prompts.skipped_long} longer than {session.config.data.max_prompt_tokens} tokens"
             )
+    if session.held_out is not None:
+        notes += session.held_out.notes
     for phase in session.phases:
         if phase.method.states.student and phase.plan.mismatch:
             notes.append(f"{phase.name}: " + "; ".join(phase.plan.mismatch))

@@ -11,18 +11,23 @@ from opd.errors import ConfigError
 from opd.spec import user_files
 from opd.training.folder import RunFolder
 from opd.training.session import Session
+from opd.user_code import is_user_code, source_file
 
 INDEX = "SHA256SUMS"
 
 
 def find_sources(session: Session) -> list[Path]:
-    """Files that hold the functions of the user's that the run calls: formulas and verifier.
+    """Files of the functions of the user's that the run calls: formulas, verifier and route.
 
     Of each only the file itself; what it imports is the user's to keep.
     """
     files = {file for phase in session.phases for file in user_files(phase.method)}
     verifier = verifier_file(session.config.data.verifier, session.run.base)
-    return sorted({file.resolve() for file in (*files, *([verifier] if verifier else []))})
+    if verifier:
+        files.add(verifier)
+    if is_user_code(route := session.config.teacher.route):
+        files.add(source_file(route, session.run.base))
+    return sorted({file.resolve() for file in files})
 
 
 def copy_sources(folder: RunFolder, files: Iterable[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +16,16 @@ from torch import Tensor
 from opd.errors import DataError, TrainingError, is_out_of_memory
 from opd.fields import EXTRA_PREFIX
 from opd.formula import support
+from opd.head.distribution import merged_tokens
 from opd.head.replies import check_reply
+from opd.head.visit import NAMED
 from opd.objective import Objective, Routed, Term
-from opd.rollout.pack import Part, join_parts, pack_rollout, split, with_token
+from opd.rollout.pack import Part, join_parts, split, with_token
 from opd.student import Student
 from opd.teacher.context import ContextEncoder
-from opd.training.plan import Plan, is_scored, reply_is_distribution
+from opd.training import privilege
+from opd.training.plan import AskedEntries, Plan, is_scored, reply_is_distribution
+from opd.training.privilege import Reading
 from opd.types import (
     STUDENT_PART,
     Batch,
@@ -34,6 +39,7 @@ from opd.types import (
     TeacherRequest,
     TeacherScores,
     TeacherView,
+    TokenBatch,
     add_stats,
     pack_rows,
     unpack_rows,
@@ -156,18 +162,14 @@ def observe(
 
 def privileged(
     rollout: Rollout, batch: Batch, plan: Plan, encoder: ContextEncoder, *, pad_id: int
-) -> dict[str, Batch]:
+) -> dict[str, Reading]:
     """Per view with a context, the same responses after the prompt that this view reads.
 
-    Row n of every batch is the same response token as row n of `batch`.
+    Row n of every batch is the same response token as row n of `batch`, or as row `rows[n]` where
+    only some sequences have a context.
     """
     return {
-        view.name: pack_rollout(
-            replace(rollout, prompt_ids=tuple(encoder.encode(rollout.prompts, view.context))),
-            pad_id=pad_id,
-            merge_ids=batch.merge_ids,
-            device=batch.input_ids.device,
-        )
+        view.name: privilege.read(view, rollout, batch, encoder, pad_id=pad_id)
         for view in plan.views
         if view.context
     }
@@ -179,7 +181,9 @@ def score(
     objective: Objective,
     plan: Plan,
     *,
-    contexts: Mapping[str, Batch] = MappingProxyType({}),
+    contexts: Mapping[str, Reading] = MappingProxyType({}),
+    entries: Mapping[str, AskedEntries] = MappingProxyType({}),
+    prompts: Sequence[Prompt] = (),
     again: bool = False,
 ) -> Batch:
     """Ask every view for what the objective needs of it, and no more.
@@ -188,24 +192,67 @@ def score(
 
     Args:
         contexts: what views with a context read, from `privileged`.
+        entries: of views that say something of single tokens, what.
+        prompts: the records that the sequences answer, for a teacher that is routed by them.
         again: an update has happened since; ask only the views that move with the student.
     """
     views = dict(batch.token.views) if again else {}
     for view in plan.views:
         if not is_scored(view):
-            views[view.name] = TeacherScores(parts=_parts(view), normalised=view.normalised)
-        elif view.moves or not again:
-            request = TeacherRequest(
-                batch=contexts[view.name] if view.context else batch,
-                distribution=reply_is_distribution(plan.needs, view.name),
-                sampled=any(n.view == view.name and n.field == "logp" for n in plan.needs),
-                top_k=objective.support_size("teacher_top_ids"),
-                temperature=objective.temperature,
+            views[view.name] = TeacherScores(
+                parts=_parts(view), normalised=view.normalised, mix=view.mix
             )
-            reply = teachers[view.name].score(request)
+        elif view.moves or not again:
+            request = _request(
+                batch, batch.token, objective, plan, view.name, entries.get(view.name)
+            )
+            request = replace(request, prompts=tuple(prompts))
+            read = contexts[view.name] if view.context else None
+            started = time.perf_counter()
+            reply = privilege.ask(view.name, teachers[view.name], request, read)
             check_reply(view.name, reply, rows=batch.row_index.shape[0])
-            views[view.name] = _described(reply, view)
+            views[view.name] = _described(reply, view, time.perf_counter() - started)
     return with_token(batch, views=views) if views else batch
+
+
+def _request(
+    batch: Batch,
+    token: TokenBatch,
+    objective: Objective,
+    plan: Plan,
+    view: str,
+    entries: AskedEntries | None,
+) -> TeacherRequest:
+    """What a view is asked.
+
+    Args:
+        batch: what it reads.
+        token: the student's own, which knows the ids that are compared.
+    """
+    if entries is None:
+        distribution = reply_is_distribution(plan.needs, view)
+        return TeacherRequest(
+            batch=batch,
+            distribution=distribution,
+            sampled=not distribution
+            or any(need.view == view and need.field == "logp" for need in plan.needs),
+            top_k=objective.support_size("teacher_top_ids"),
+            temperature=objective.temperature,
+        )
+    ids = []
+    if entries.student_k:
+        ids.append(_known(token.student_top_ids)[:, : entries.student_k])
+    if entries.own_token:
+        ids.append(pack_rows(token.tokens, token.mask).unsqueeze(-1))
+    return TeacherRequest(
+        batch=batch,
+        distribution=False,
+        sampled=True,
+        top_k=entries.top_k,
+        ids=merged_tokens(torch.cat(ids, -1), batch.merge_ids) if ids else None,
+        entropy=entries.entropy,
+        temperature=objective.temperature,
+    )
 
 
 def _parts(view: TeacherView) -> tuple[tuple[str, float], ...]:
@@ -216,12 +263,23 @@ def _parts(view: TeacherView) -> tuple[tuple[str, float], ...]:
     return cast("tuple[tuple[str, float], ...]", view.parts) or ((STUDENT_PART, 1.0),)
 
 
-def _described(scores: TeacherScores, view: TeacherView) -> TeacherScores:
-    """The reply, with what the view is in its provenance."""
+def _described(scores: TeacherScores, view: TeacherView, seconds: float) -> TeacherScores:
+    """The reply, with what the view is in its provenance, and the time that it took."""
     said = {"source": view.source, "context": view.context}
     said |= {"decay": f"{view.decay:g}"} if view.decay else {}
     kept = {name: text for name, text in said.items() if text}
-    return replace(scores, provenance={**scores.provenance, **kept})
+    took = scores.seconds or {view.name.removeprefix(NAMED): seconds}
+    return replace(scores, provenance={**scores.provenance, **kept}, seconds=took)
+
+
+def teacher_seconds(views: Mapping[str, TeacherScores]) -> dict[str, Stat]:
+    """The time that each of several teachers took, as a metric; none where there is one alone."""
+    took: dict[str, float] = {}
+    for name, view in views.items():
+        if view.names or name.startswith(NAMED):
+            for model, seconds in view.seconds.items():
+                took[model] = took.get(model, 0.0) + seconds
+    return {f"teacher/{name}/seconds": Stat(seconds, 1.0) for name, seconds in took.items()}
 
 
 def signal(
@@ -247,8 +305,7 @@ def signal(
     values = {key: known[key] for key in keys & known.keys()}
     for key in keys - values.keys():
         view = batch.token.views.get(key.view)
-        said_as_asked = view is not None and view.row_index is None and not key.smoothing
-        told = view.sampled_logp if view is not None and said_as_asked else None
+        told = None if view is None or key.smoothing else _said(view)
         if key.name == "teacher_logp" and told is not None:
             values[key] = told
         elif key.name == "student_logp" and fresh and plan.same_policy:
@@ -256,6 +313,16 @@ def signal(
     missing = frozenset(keys - values.keys())
     values |= visit(student, batch, missing, objective.temperature, max_tokens)
     return with_token(batch, coupled=objective.signal(batch.token, values))
+
+
+def _said(view: TeacherScores) -> Tensor | None:
+    """What a view said of every row's own token; 0, which nobody reads, where it said nothing."""
+    said, index = view.sampled_logp, view.row_index
+    if said is None or index is None:
+        return said
+    if not len(said):
+        return said.new_zeros(len(index))
+    return torch.where(index < 0, 0.0, said[index.clamp(min=0)])
 
 
 def update(

@@ -289,6 +289,20 @@ def veto(world: World, *, share: float = 0.5, reverse: bool = False) -> Tensor:
     return world.average(losses)
 
 
+def deepseek_v4(world: World, *, weights: Mapping[str, float]) -> Tensor:
+    """sum_k w_k KL(s || t_k) at every token, over the whole vocabulary.
+
+    Source: DeepSeek-V4, arXiv:2606.19348, as secondary notes give it.
+    """
+    losses: dict[Place, Tensor] = {}
+    for b, t in world.places():
+        losses[b, t] = world.student.new_zeros(())
+        for view, weight in weights.items():
+            log_t = world.log_view(b, t, view).detach()
+            losses[b, t] = losses[b, t] + weight * _kl(world.log_student(b, t), log_t)
+    return world.average(losses)
+
+
 def exopd(world: World, *, extrapolation: float = 1.25, cap: float = 5.0) -> Tensor:
     """Sampled log-ratio to a teacher extrapolated away from the model it came from.
 
