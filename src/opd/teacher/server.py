@@ -493,6 +493,7 @@ class Listening:
         )
         self.server = server
         self._socket = config.bind_socket()
+        self._socket.listen(config.backlog)  # who comes before the loop runs waits, and is served
         address, port = self._socket.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         self.url = f"http://{shown}:{port}"
