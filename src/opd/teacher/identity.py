@@ -36,6 +36,7 @@ def identity_without_weights(loaded: LoadedModel) -> Described:
     if tokenizer.bos_token_id is not None:
         special["bos"] = (int(tokenizer.bos_token_id),)
     return Described(
+        model=loaded.reference,
         vocab_size=loaded.vocab_size,
         vocabulary=vocabulary_hash(tokenizer),
         template=template_hash(tokenizer),

@@ -104,7 +104,8 @@ def preflight(
         described = endpoint.describe()
     except TeacherError as error:
         return Preflight(None, (str(error),), ())
-    errors += _differences(described, student, merge_stop_ids=merge_stop_ids)
+    apart = differences(described, student, merge_stop_ids=merge_stop_ids)
+    errors += [f"it {difference}" for difference in apart]
     notes += _unsaid(described, student)
     query = trial.query()
     try:
@@ -114,10 +115,10 @@ def preflight(
         seconds = time.perf_counter() - begun
     except OpdError as error:
         return Preflight(described, (*errors, str(error)), tuple(notes))
-    apart = _furthest(first, again)
-    if apart > REPEATS:
+    gap = _furthest(first, again)
+    if gap > REPEATS:
         notes.append(
-            f"the same two texts scored twice differ by up to {apart:.2g} nats: the server's "
+            f"the same two texts scored twice differ by up to {gap:.2g} nats: the server's "
             "arithmetic depends on what else it is doing"
         )
     if local_copy is not None:
@@ -126,17 +127,19 @@ def preflight(
     return Preflight(described, tuple(errors), tuple(notes), query.tokens / max(seconds, 1e-9))
 
 
-def _differences(told: Described, student: Described, *, merge_stop_ids: bool) -> list[str]:
+def differences(told: Described, student: Described, *, merge_stop_ids: bool) -> list[str]:
+    """Why a served teacher is none for a student, each after the words for the teacher."""
     found = []
     if told.vocabulary and told.vocabulary != student.vocabulary:
         found.append(
-            f"it has another vocabulary than the student: hash {told.vocabulary}, the student's "
-            f"{student.vocabulary}; take a teacher of the same tokenizer"
+            f"has another vocabulary than the student {student.model}: its hash is "
+            f"{told.vocabulary}, the student's {student.vocabulary}; take a teacher of the same "
+            "tokenizer"
         )
     ends, own = set(told.special.get("eos", ())), set(student.special.get("eos", ()))
     if ends and ends != own and not merge_stop_ids:
         found.append(
-            f"it ends with the tokens {sorted(ends)} and the student with {sorted(own)}; set "
+            f"ends with the tokens {sorted(ends)} and the student with {sorted(own)}; set "
             "method.merge_stop_ids = true, or make them agree"
         )
     return found

@@ -10,9 +10,9 @@ from opd.models import LoadedModel
 from opd.objective import Objective
 from opd.teacher.connection import ConnectionSettings
 from opd.teacher.hosted_endpoint import HostedEndpoint
-from opd.teacher.identity import identity_without_weights, vocabulary_hash
+from opd.teacher.identity import identity_without_weights
 from opd.teacher.opd_endpoint import OpdEndpoint
-from opd.teacher.preflight import Preflight, Trial, preflight
+from opd.teacher.preflight import Preflight, Trial, differences, preflight
 from opd.teacher.query import Described, Endpoint
 from opd.teacher.remote import RemoteSettings, RemoteTeacher
 from opd.teacher.sglang_endpoint import SglangEndpoint
@@ -85,18 +85,9 @@ def check_described(
     Raises:
         ConfigError: another vocabulary, or other end tokens.
     """
-    own = vocabulary_hash(student.tokenizer)
-    if described.vocabulary and described.vocabulary != own:
-        raise ConfigError(
-            f"{where} has another vocabulary than the student {student.reference}: its hash is "
-            f"{described.vocabulary}, the student's {own}; take a teacher of the same tokenizer"
-        )
-    ends = described.special.get("eos", ())
-    if ends and set(ends) != set(student.eos_ids) and not merge_stop_ids:
-        raise ConfigError(
-            f"{where} ends with the tokens {sorted(ends)} and the student with "
-            f"{sorted(student.eos_ids)}; set method.merge_stop_ids = true, or make them agree"
-        )
+    own = identity_without_weights(student)
+    for difference in differences(described, own, merge_stop_ids=merge_stop_ids):
+        raise ConfigError(f"{where} {difference}")
     return min(student.vocab_size, described.vocab_size or student.vocab_size)
 
 
