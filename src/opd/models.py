@@ -64,6 +64,7 @@ __all__ = [
     "project",
     "resolve_device",
     "save_model",
+    "scoring_dtype",
     "unembedding",
     "wrap_model",
 ]
@@ -233,6 +234,11 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r}: torch finds no CUDA here; use 'auto' or 'cpu'")
     return resolved
+
+
+def scoring_dtype(asked: str, device: torch.device) -> str:
+    """The dtype of a model that only scores: `auto` is float32 on a CPU, where half is slower."""
+    return "float32" if asked == "auto" and device.type == "cpu" else asked
 
 
 def _resolve_dtype(dtype: str) -> torch.dtype | None:

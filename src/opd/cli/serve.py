@@ -28,7 +28,7 @@ def main(arguments: Namespace) -> int:
             raise ConfigError(f"opd serve needs the package {package}; pip install 'opd[serve]'")
     import torch
 
-    from opd.models import load_model, resolve_device
+    from opd.models import load_model, resolve_device, scoring_dtype
     from opd.teacher.server import Listening, ScoringServer, ServeSettings
 
     settings = ServeSettings(
@@ -43,7 +43,7 @@ def main(arguments: Namespace) -> int:
     device = resolve_device(arguments.device)
     loaded = load_model(
         arguments.model,
-        dtype=_dtype(arguments.dtype, device.type),
+        dtype=scoring_dtype(arguments.dtype, device),
         device=str(device),
         revision=arguments.revision or None,
         trust_remote_code=arguments.trust_remote_code,
@@ -69,11 +69,6 @@ def _key(variable: str) -> str:
             "clients must show"
         )
     return key
-
-
-def _dtype(asked: str, device: str) -> str:
-    """As for a teacher that is loaded: on a CPU half precision is slower."""
-    return "float32" if asked == "auto" and device == "cpu" else asked
 
 
 def _stop_signals() -> threading.Event:

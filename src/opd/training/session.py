@@ -20,6 +20,7 @@ from opd.models import (
     check_same_vocabulary,
     load_model,
     resolve_device,
+    scoring_dtype,
 )
 from opd.objective import Method
 from opd.rollout.local import LocalSampler
@@ -272,7 +273,7 @@ def load_teacher(
     config = config or run.config.teacher
     loaded = load_model(
         run.path(config.model),
-        dtype="float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype,
+        dtype=scoring_dtype(config.dtype, device),
         device=str(where or device),
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
