@@ -64,7 +64,8 @@ def run(folder: Path, *arguments: str, tests: str = TESTS) -> subprocess.Complet
     (folder / "my_losses.py").write_text(LOSSES, encoding="utf-8")
     (folder / "test_losses.py").write_text(tests, encoding="utf-8")
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        # -rN: without the short summary, which repeats a whole message where CI is set.
+        [sys.executable, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", *arguments],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
