@@ -29,6 +29,17 @@ FORMULA_MODULES = (
     "regulariser",
     "reduce",
 )
+DIAGNOSTIC_MODULES = (
+    "compatibility",
+    "along",
+    "interface",
+    "signal",
+    "update",
+    "routing",
+    "outcome",
+    "staleness",
+    "drift",
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,68 @@ class Rule:
     source: str
 
 
+@dataclass(frozen=True)
+class Diagnostic:
+    """One measure of what a teacher's feedback does.
+
+    Attributes:
+        name: the function's, in `opd.diagnose`.
+        id: what the survey's table of diagnostics calls it; several functions may share one.
+        module: the module of `opd.diagnose` that defines it.
+        arguments: positional arguments.
+        knobs: keyword-only arguments.
+        measures: one line.
+        formula: what is computed.
+        unit: of the result, and its shape where it is not one number.
+        reading: what a value says.
+        action: what to do about it.
+        cost: what has to be known for it.
+        source: who says so.
+    """
+
+    name: str
+    id: str
+    module: str
+    arguments: tuple[str, ...]
+    knobs: tuple[str, ...]
+    measures: str
+    formula: str
+    unit: str
+    reading: str
+    action: str
+    cost: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One failure that a run looks out for.
+
+    Attributes:
+        name: as a run file spells it; the function of `opd.diagnose.alarms` that looks for it.
+        says: one line.
+        mechanism: what goes wrong.
+        rule: the number that is compared.
+        side: `above` or `below`: where the alarm is given.
+        threshold: that number's.
+        origin: where the threshold is from.
+        action: what to do.
+        source: who describes the failure.
+        reads: the metrics.
+    """
+
+    name: str
+    says: str
+    mechanism: str
+    rule: str
+    side: str
+    threshold: float
+    origin: str
+    action: str
+    source: str
+    reads: tuple[str, ...]
+
+
 @cache
 def rules() -> dict[str, Rule]:
     """Composition rules by name, in the order of their module."""
@@ -132,6 +205,68 @@ def formulas() -> dict[str, Entry]:
             if entry.name in exported:
                 found[f"{module}.{entry.name}"] = entry
     return found
+
+
+@cache
+def diagnostics() -> dict[str, Diagnostic]:
+    """Diagnostics by name, in the order of the modules."""
+    found = {}
+    for module in DIAGNOSTIC_MODULES:
+        file = PACKAGE / "diagnose" / f"{module}.py"
+        exported = _exported(file)
+        for entry in _functions(file, module):
+            if entry.name in exported:
+                sections = map(
+                    entry.section, ("Formula", "Unit", "Reading", "Action", "Cost", "Source")
+                )
+                found[entry.name] = Diagnostic(
+                    entry.name,
+                    entry.section("Id") or entry.name,
+                    module,
+                    entry.arguments,
+                    entry.knobs,
+                    entry.summary,
+                    *sections,
+                )
+    return found
+
+
+@cache
+def alarms() -> dict[str, Alarm]:
+    """Alarms by name, in the order of their table of thresholds."""
+    file = PACKAGE / "diagnose" / "alarms.py"
+    thresholds = constants("diagnose/alarms.py")["THRESHOLDS"]
+    entries = {entry.name: entry for entry in _functions(file, "opd.diagnose.alarms")}
+    found = {}
+    for name, (side, threshold, origin) in thresholds.items():
+        entry = entries[name]
+        found[name] = Alarm(
+            name=name,
+            says=entry.summary,
+            mechanism=entry.section("Mechanism"),
+            rule=entry.section("Rule"),
+            side=side,
+            threshold=threshold,
+            origin=origin,
+            action=entry.section("Action"),
+            source=entry.section("Source"),
+            reads=_metrics_read(file, name),
+        )
+    return found
+
+
+def _metrics_read(file: Path, name: str) -> tuple[str, ...]:
+    """The metrics that a function names: the texts with a slash, its docstring apart."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            texts = [
+                n.value
+                for part in node.body[1:]
+                for n in ast.walk(part)
+                if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            ]
+            return tuple(dict.fromkeys(text for text in texts if "/" in text))
+    return ()
 
 
 @cache

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from opd import methods
-from opd.catalog import formulas
+from opd import diagnose, methods
+from opd.catalog import alarms, diagnostics, formulas
 from opd.catalog import rules as composition_rules
 from opd.cli.listing import FILTERS
 from opd.cli.main import main
@@ -62,9 +62,31 @@ def test_rules_have_the_keys_that_programs_read(capsys: pytest.CaptureFixture[st
     assert {row["level"] for row in found} == {"refused", "must be declared", "note", "allowed"}
 
 
+def test_diagnostics_have_the_keys_that_programs_read(capsys: pytest.CaptureFixture[str]) -> None:
+    found = rows(capsys, "diagnostics")
+    keys = ["id", "name", "formula", "unit", "reading", "action", "source", "cost"]
+    assert [list(row) for row in found] == [keys] * len(diagnostics())
+    assert all(all(row.values()) for row in found)
+    assert {row["name"] for row in found} == set(diagnose.__all__)
+    ids = {row["name"]: row["id"] for row in found}
+    assert (ids["negative_mass"], ids["leak"]) == ("neg_mass", "leak")
+
+
+def test_alarms_have_the_keys_that_programs_read(capsys: pytest.CaptureFixture[str]) -> None:
+    found = rows(capsys, "alarms")
+    keys = ["name", "says", "mechanism", "rule", "reads", "side", "threshold", "origin"]
+    assert [list(row) for row in found] == [[*keys, "what_to_do", "source"]] * len(alarms())
+    assert {row["name"] for row in found} == set(alarms())
+    stale = next(row for row in found if row["name"] == "stale_sampler")
+    assert stale["reads"] == ["monitor/kl_from_samples"]
+    assert (stale["side"], stale["threshold"]) == ("above", 0.3)
+
+
 @pytest.mark.parametrize(
     ("what", "parts"),
     [
+        ("alarms", ["stale_sampler", "above 0.3", "has left"]),
+        ("diagnostics", ["calibration_error", "ece", "confidence in answers"]),
         ("rules", ["stale-rewards", "must be declared", "allowed"]),
         ("methods", ["reverse_kl_opd", "E0", "evidence"]),
         ("formulas", ["divergence.generalized_jsd", "teacher_weight"]),
@@ -251,7 +273,7 @@ def test_a_value_that_no_method_can_have_is_refused_with_those_there_are(
         assert part in told
 
 
-@pytest.mark.parametrize("what", ["formulas", "rules", "tasks", "runs"])
+@pytest.mark.parametrize("what", ["formulas", "diagnostics", "rules", "tasks", "runs"])
 @pytest.mark.parametrize("words", ["--variable routing", "--level E0", "--formula code"])
 def test_the_filters_are_refused_where_no_methods_are_listed(
     what: str, words: str, capsys: pytest.CaptureFixture[str]

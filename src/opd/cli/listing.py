@@ -1,4 +1,4 @@
-"""`opd list`: methods, formulas, rules, tasks and runs. Imports no torch."""
+"""`opd list`: methods, formulas, diagnostics, alarms, rules, tasks and runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -150,6 +150,22 @@ def rule_rows() -> list[Row]:
     ]
 
 
+def diagnostic_rows() -> list[Row]:
+    """What can be measured of a teacher's feedback, from the functions' docstrings."""
+    keys = ("id", "name", "formula", "unit", "reading", "action", "source", "cost")
+    return [{key: getattr(each, key) for key in keys} for each in catalog.diagnostics().values()]
+
+
+def alarm_rows() -> list[Row]:
+    """The failures that a run looks out for, from the docstrings of their rules."""
+    keys = ("name", "says", "mechanism", "rule", "reads", "side", "threshold", "origin")
+    return [
+        {key: getattr(alarm, key) for key in keys}
+        | {"what_to_do": alarm.action, "source": alarm.source}
+        for alarm in catalog.alarms().values()
+    ]
+
+
 def task_rows() -> list[Row]:
     """The built-in tasks."""
     from opd.data.tasks import TASKS
@@ -240,6 +256,21 @@ def _draw_rules(rows: list[Row]) -> Table:
     return made
 
 
+def _draw_diagnostics(rows: list[Row]) -> Table:
+    known = catalog.diagnostics()
+    made = table("diagnostic", "id", "what it measures", whole=["id"])
+    for row in rows:
+        made.add_row(row["name"], row["id"], known[row["name"]].measures)
+    return made
+
+
+def _draw_alarms(rows: list[Row]) -> Table:
+    made = table("alarm", "given where", "what it says")
+    for row in rows:
+        made.add_row(row["name"], f"{row['side']} {row['threshold']:g}", row["says"])
+    return made
+
+
 def _draw_tasks(rows: list[Row]) -> Table:
     made = table("task", "what it is", "prompt", "solution")
     for row in rows:
@@ -266,6 +297,8 @@ def _draw_runs(rows: list[Row]) -> Table:
 
 KINDS: dict[str, tuple[Callable[[Path], list[Row]], Callable[[list[Row]], Table]]] = {
     "formulas": (lambda _: formula_rows(), _draw_formulas),
+    "diagnostics": (lambda _: diagnostic_rows(), _draw_diagnostics),
+    "alarms": (lambda _: alarm_rows(), _draw_alarms),
     "rules": (lambda _: rule_rows(), _draw_rules),
     "tasks": (lambda _: task_rows(), _draw_tasks),
     "runs": (run_rows, _draw_runs),
