@@ -28,6 +28,18 @@ class TrainingError(OpdError, RuntimeError):
     """A run that had to stop: non-finite numbers, no memory, no disk."""
 
 
+class AlarmError(TrainingError):
+    """A run that an alarm has ended.
+
+    Attributes:
+        alarm: its name.
+    """
+
+    def __init__(self, message: str, alarm: str) -> None:
+        super().__init__(message)
+        self.alarm = alarm
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: PyTorch's CPU allocator says so in a RuntimeError's words."""
     words = ("out of memory", "can't allocate memory")

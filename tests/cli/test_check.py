@@ -13,7 +13,7 @@ import torch
 
 from opd.cli.main import main
 from opd.errors import ConfigError
-from opd.models import memory_estimate
+from opd.models import load_model, memory_estimate, save_model
 from opd.training.check import Finding, check, examine
 from opd.training.config import DataConfig, Run, load
 from opd.training.session import prompt_settings
@@ -487,3 +487,13 @@ def test_what_the_run_file_says_of_records_is_how_they_are_read() -> None:
     }
     read = prompt_settings(DataConfig(prompts="x.jsonl", **changed), with_responses=False)
     assert dataclasses.asdict(read) == {**changed, "with_responses": False}
+
+
+def test_a_teacher_that_scores_in_float32_is_estimated_as_such(tmp_path: Path) -> None:
+    """Stored in half precision, it is widened on a CPU, where half is slower."""
+    loaded = load_model("builtin:sort-teacher-init", dtype="bfloat16", device="cpu")
+    save_model(loaded, tmp_path / "half", dtype="bfloat16")
+    run = load(None, ["--teacher.model", str(tmp_path / "half")])
+    parts = {part.name: part.bytes for part in examine(run).memory}
+    count = sum(weight.numel() for weight in loaded.model.parameters())
+    assert parts["teacher weights"] == 4 * count

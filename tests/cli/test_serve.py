@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ def test_a_process_serves_until_it_is_told_to_stop(number: signal.Signals) -> No
         (["builtin:sort-student", "--key-env", "OPD_NOT_SET"], "OPD_NOT_SET: that environment"),
         (["no/such/model"], "no/such/model"),
         (["builtin:sort-student", "--port", "-1"], "must be a whole number >= 0"),
+        (["builtin:sort-student", "--port", "99999"], "--port 99999: ports go from 1 to 65535"),
         ([], "MODEL"),
     ],
 )
@@ -109,3 +111,22 @@ def test_check_live_asks_the_server(capsys: pytest.CaptureFixture[str]) -> None:
         assert "differs from the local copy by up to" in found[0]["message"]
     assert main([*words, "--teacher.client.retry_s", "0.1"]) == 2
     assert "ConnectError" in capsys.readouterr().out
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_loads(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "no/such/model", "--port", str(port)]) == 2
+    said = capsys.readouterr().err
+    assert f"--port {port} is taken; stop what listens there, or take another" in said
+    assert "Traceback" not in said
+
+
+def test_a_key_that_no_client_could_show_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPD_TEST_KEY", "two words")
+    assert main(["serve", "builtin:sort-student", "--key-env", "OPD_TEST_KEY"]) == 2
+    assert "the server's key has ' ' as character 4 of 9" in capsys.readouterr().err

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 import torch
 
@@ -121,6 +123,7 @@ TRIED_AGAIN: list[Fault] = [
     status("502 Bad Gateway"),
     status("503 Unavailable"),
     status("429 Too Many", "Retry-After: 0\r\n"),
+    status("408 Too Late"),
 ]
 
 
@@ -307,11 +310,27 @@ def test_an_answer_to_an_earlier_try_is_never_used(server: str) -> None:
 
 def test_a_server_that_stays_away_stops_the_run_within_its_budget() -> None:
     impatient = type(QUICK)(timeout_s=1.0, retry_s=0.3, concurrency=1)
+    loaded = load_model("builtin:sort-student")
+    with serving(loaded) as url, endpoint(url, impatient) as client:
+        client.describe()
+        client.connection._client.close()
+        client.connection._client = httpx.Client(base_url="http://127.0.0.1:9")
+        with pytest.raises(TeacherError, match=r"failed \d+ times in .*ConnectError.*--resume"):
+            client.score(asked())
+
+
+def test_a_server_that_was_never_there_is_waited_for_a_few_seconds_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection, "FIRST_CONTACT_S", 0.3)
+    patient = type(QUICK)(timeout_s=1.0, retry_s=300.0, concurrency=1)
+    begun = time.monotonic()
     with (
-        endpoint("http://127.0.0.1:9", impatient) as client,
-        pytest.raises(TeacherError, match=r"failed \d+ times in .*ConnectError.*--resume"),
+        endpoint("http://127.0.0.1:9", patient) as client,
+        pytest.raises(TeacherError, match=r"failed \d+ times in .*ConnectError.*teacher.url is"),
     ):
         client.describe()
+    assert time.monotonic() - begun < 30
 
 
 def test_every_kind_of_harm_is_another() -> None:

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -675,7 +676,7 @@ def test_no_bit_in_seven_is_ever_an_answer_when_it_is_flipped(tmp_path: Path) ->
 def test_an_answer_is_not_taken_for_that_of_another_key(tmp_path: Path) -> None:
     file = tmp_path / "scores-r1-1.safetensors"
     keys = [bytes([n]) * 32 for n in range(2)]
-    write_shard(file, {key: Entry({"sampled_logp": torch.zeros(3)}) for key in keys})
+    write_shard(file, {key: Entry({"sampled_logp": torch.zeros(3)}) for key in keys}, "r")
     found = Shard(file)
     found.places[keys[0]], found.places[keys[1]] = found.places[keys[1]], found.places[keys[0]]
     with found.open() as handle, pytest.raises(DamagedError):
@@ -894,6 +895,55 @@ def test_no_mass_on_one_side_is_as_far_apart_as_can_be(tmp_path: Path) -> None:
         teacher.teacher = Strange(sampled_logp=logp)
         with pytest.raises(TeacherError, match="by up to inf nats"):
             teacher.score(request)
+
+
+def test_other_ids_among_the_likeliest_are_a_difference(tmp_path: Path) -> None:
+    """The lists are compared by id, not by rank."""
+    rows = len(asks(SEQUENCES).batch.row_index)
+    request = replace(asks(SEQUENCES), sampled=False, top_k=2)
+
+    def listing(*entries: tuple[int, float]) -> Strange:
+        ids = torch.tensor([[token for token, _ in entries]]).expand(rows, -1)
+        return Strange(top_ids=ids, top_logp=torch.tensor([[v for _, v in entries]] * rows))
+
+    teacher = cached(listing((5, -0.5), (3, -1.0)), tmp_path, drift_share=1.0, drift_limit=0.3)
+    teacher.score(request)
+    teacher.teacher = listing((3, -1.0), (5, -0.5))  # the same, in another order
+    teacher.score(request)
+    assert teacher.stats()["cache/drift"].total == 0.0
+    teacher.teacher = listing((9, -0.5), (3, -1.0))
+    with pytest.raises(TeacherError, match=r"by up to 0\.5 nats"):  # at most the last one's -1.0
+        teacher.score(replace(request))
+
+
+def test_whose_answers_there_are_is_told_as_it_was_put(tmp_path: Path) -> None:
+    for revision in ("plain", "org/Model-8B@main", "x" * 90):
+        teacher = cached(Arithmetic(), tmp_path, revision=revision)
+        teacher.score(asks(SEQUENCES))
+        teacher.close()
+    (tmp_path / "scores-odd-1.safetensors").write_bytes(b"nothing")
+    there = ScoreCache(tmp_path).revisions()
+    assert there == sorted(["plain", "org/Model-8B@main", "x" * 90])
+
+
+def test_a_folder_that_goes_during_a_write_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "scores"
+    teacher = cached(Arithmetic(), folder)
+    teacher.score(asks(SEQUENCES))
+    really, times = shard.save_file, []
+
+    def deleting(*args: Any, **kwargs: Any) -> None:
+        if not times:
+            shutil.rmtree(folder)
+        times.append(1)
+        really(*args, **kwargs)
+
+    monkeypatch.setattr(shard, "save_file", deleting)
+    teacher.close()
+    assert len(times) == 2
+    assert ScoreCache(folder).revisions() == ["r1"]
 
 
 def test_a_share_of_the_hits_is_asked_again_and_always_the_same(tmp_path: Path) -> None:

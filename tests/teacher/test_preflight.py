@@ -101,3 +101,16 @@ def test_a_trial_asks_for_ids_of_the_text(url: str) -> None:
     assert ids is not None
     assert ids.tolist() == [[6, 7], [7, 8], [8, 9], [9, 6]]
     assert torch.equal(query.sequences[1].response, torch.tensor([3, 4, 5], dtype=torch.int32))
+
+
+def test_a_run_that_writes_more_than_the_server_takes_is_an_error(url: str) -> None:
+    told = tried(url).described
+    assert told is not None
+    limit = told.max_tokens
+    fits = replace(TRIAL, longest_prompt=limit - 10, max_new_tokens=10)
+    assert tried(url, fits).errors == ()
+    found = tried(url, replace(fits, max_new_tokens=11))
+    assert found.errors == (
+        f"it takes {limit} tokens per sequence, and a prompt of {limit - 10} with a response of 11 "
+        f"has {limit + 1}; lower sampler.max_new_tokens to 10, or shorten the prompts",
+    )

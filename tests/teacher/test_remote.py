@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,13 +20,23 @@ from opd.rollout.local import LocalSampler
 from opd.rollout.pack import pack_rollout
 from opd.student import Student
 from opd.teacher.local import LocalTeacher
-from opd.teacher.query import Answer, Described, Limits, Query, check_answer
+from opd.teacher.opd_endpoint import described
+from opd.teacher.query import WANTED, Answer, Described, Limits, Query, check_answer
 from opd.teacher.remote import RemoteSettings, RemoteTeacher
+from opd.teacher.server import ScoringServer, listening
 from opd.training import step as steps
 from opd.training.plan import asked_entries, make_plan
-from opd.types import Batch, Need, Prompt, SamplerSettings, Teacher, TeacherRequest, Unembedding
+from opd.types import (
+    Batch,
+    Need,
+    Prompt,
+    SamplerSettings,
+    Teacher,
+    TeacherRequest,
+    Unembedding,
+)
 from tests.models_zoo import EOS, PAD, tiny
-from tests.teacher.served import endpoint, serving
+from tests.teacher.served import SETTINGS, endpoint, serving
 
 PROMPTS = [Prompt(str(i), tuple(range(3, 6 + i // 2)), "") for i in range(6)]
 V = 53
@@ -247,3 +258,140 @@ def test_sequences_keep_their_order_over_many_requests(
             torch.testing.assert_close(cut.sampled_logp, whole, rtol=1e-5, atol=1e-5)
     assert sum(seen) == 3 * 12
     assert seen[:12] == [1] * 12
+
+
+# --------------------------------------------------------------------------------------------
+# What a server takes
+
+
+class Counting:
+    """Stands before an endpoint and keeps the queries that are sent."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.queries: list[Query] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def score(self, query: Query) -> list[Answer]:
+        self.queries.append(query)
+        found: list[Answer] = self.inner.score(query)
+        return found
+
+
+@contextmanager
+def limited(teacher: LoadedModel, **limits: int) -> Iterator[Counting]:
+    """An endpoint of a server that takes little, and a RemoteTeacher has not asked yet."""
+    server = ScoringServer(teacher, replace(SETTINGS, max_body_bytes=limits.pop("body", 2**28)))
+    server.limits = replace(server.limits, **limits)
+    with listening(server) as found, endpoint(found.url) as client:
+        yield Counting(client)
+
+
+@pytest.mark.parametrize(
+    ("limits", "requests"),
+    [
+        ({"max_sequences": 5}, 3),  # 12 sequences
+        ({"max_query_tokens": 20}, 12),  # each has 12 to 14 tokens
+        # 4 x (prompt + 3) + 5 x 9 bytes each, 69 to 77: three are at most 231, four at least 276
+        ({"body": 2**16 + 2**10 + 250}, 4),
+        ({}, 1),
+    ],
+)
+def test_requests_are_cut_by_what_the_server_takes(
+    teacher: LoadedModel, limits: dict[str, int], requests: int
+) -> None:
+    packed = batch(tiny("llama"))
+    request = TeacherRequest(batch=packed, distribution=False, sampled=True)
+    plain = LocalTeacher(teacher, vocab_size=V).score(request).sampled_logp
+    with limited(teacher, **limits) as counting:
+        told = RemoteTeacher(counting, vocab_size=V).score(request).sampled_logp
+    assert plain is not None
+    torch.testing.assert_close(told, plain, rtol=1e-5, atol=2e-5)
+    assert len(counting.queries) == requests
+
+
+@pytest.mark.parametrize(
+    ("limits", "ask", "said"),
+    [
+        (
+            {"max_tokens": 12},
+            {"sampled": True},
+            r"takes 12 tokens per sequence, and a prompt of 5 with a response of 9 has 14; "
+            r"lower sampler.max_new_tokens to 7",
+        ),
+        (
+            {"max_tokens": 4},
+            {"sampled": True},
+            r".*; shorten the prompts, and lower sampler.max_new",
+        ),
+        ({"max_top_k": 3}, {"top_k": 4}, "returns at most 3 of its likeliest tokens, and 4"),
+        ({"max_ids": 2}, {"ids": 3}, "scores at most 2 ids per token, and 3 were asked for"),
+    ],
+)
+def test_what_a_server_does_not_take_is_said_before_it_is_sent(
+    teacher: LoadedModel, limits: dict[str, int], ask: dict[str, Any], said: str
+) -> None:
+    packed = batch(tiny("llama"))
+    if "ids" in ask:
+        ask = {"ids": torch.zeros((len(packed.row_index), ask["ids"]), dtype=torch.long)}
+    request = replace(TeacherRequest(batch=packed, distribution=False), **ask)
+    with limited(teacher, **limits) as counting:
+        with pytest.raises(TeacherError, match=rf"teacher 'math' \(opd serve at .*\) {said}"):
+            RemoteTeacher(counting, vocab_size=V).score(request)
+        assert not counting.queries
+
+
+def test_a_field_that_a_server_does_not_offer_is_not_asked_of_it(teacher: LoadedModel) -> None:
+    with limited(teacher) as counting:
+        told = dict(counting.describe().extra)
+        assert counting.limits.wanted == set(WANTED)
+        counting.inner._described = described({**told, "wanted": ["sampled", "top", "later"]})
+        remote = RemoteTeacher(counting, vocab_size=V)
+        assert not remote.can(Need("teacher", "log_probs", "full"))
+        assert remote.can(Need("teacher", "logp", "sampled"))
+        with pytest.raises(TeacherError, match="cannot give 'hidden': its /info leaves it out"):
+            remote.score(TeacherRequest(batch=batch(tiny("llama"))))
+
+
+# --------------------------------------------------------------------------------------------
+# Responses that a loss does not look at
+
+
+@pytest.mark.parametrize("which", ["one", "all"])
+def test_a_response_without_open_rows_is_not_asked_about(
+    teacher: LoadedModel, remote: RemoteTeacher, which: str
+) -> None:
+    student = tiny("llama")
+    rollout = LocalSampler(student).sample(
+        PROMPTS,
+        SamplerSettings(max_new_tokens=9, samples_per_prompt=2, student_top_k=8),
+        generator=torch.Generator().manual_seed(0),
+    )
+    mask = rollout.mask.clone()
+    mask[1 if which == "one" else slice(None)] = False
+    packed = pack_rollout(replace(rollout, mask=mask), pad_id=PAD)
+    rows = len(packed.row_index)
+    assert (rows > 0) == (which == "one")
+    ids = torch.randint(9, V, (rows, 4), generator=torch.Generator().manual_seed(1))
+    local = LocalTeacher(teacher, vocab_size=V)
+    for request in asked_in_every_way(packed, ids):
+        told = remote.score(request)
+        # a local one needs rows; a served one's empty answers have the shapes of its full ones
+        plain = local.score(request) if rows else None
+        for name, width in (
+            *(("sampled_logp", ()), ("entropy", ()), ("top_ids", (request.top_k,))),
+            *(("top_logp", (request.top_k,)), ("ids_logp", (4,)), ("ids", (4,)), ("hidden", (32,))),
+        ):
+            got = getattr(told, name)
+            if plain is not None:
+                expected = getattr(plain, name)
+                assert (got is None) == (expected is None), name
+                if expected is not None:
+                    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+            elif got is not None:
+                assert tuple(got.shape) == (0, *width), name
+                assert got.is_floating_point() == (name not in ("top_ids", "ids"))
+        asks = {"sampled_logp": request.sampled, "hidden": request.distribution}
+        assert all((getattr(told, name) is not None) == is_asked for name, is_asked in asks.items())

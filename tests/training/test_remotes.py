@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,18 +13,27 @@ import pytest
 
 import opd
 from opd import methods
+from opd.data.settings import PromptSettings
 from opd.errors import ConfigError, TeacherError
 from opd.formula import divergence, support
 from opd.models import load_model
 from opd.objective import Dense, Method
+from opd.teacher.context import ContextEncoder
 from opd.teacher.query import Described, Limits
 from opd.teacher.remote import RemoteTeacher
 from opd.teacher.sglang_endpoint import SglangEndpoint
 from opd.teacher.vllm_endpoint import VllmEndpoint
+from opd.training.check import examine
 from opd.training.config import TeacherConfig, from_tree, load
 from opd.training.plan import AskedEntries, make_plan
-from opd.training.remotes import check_described, entries_of, open_endpoint, trial_texts
-from opd.types import Prompt, SamplerSettings
+from opd.training.remotes import (
+    check_described,
+    entries_of,
+    longest_read,
+    open_endpoint,
+    trial_texts,
+)
+from opd.types import Prompt, SamplerSettings, TeacherView
 from tests.models_zoo import tiny
 from tests.teacher.served import SETTINGS, serving
 from tests.teacher.test_remote import Narrow, custom
@@ -74,7 +84,7 @@ def test_a_key_that_is_not_set_is_an_early_error(monkeypatch: pytest.MonkeyPatch
         ({"url": "b:8000"}, "must begin with http:// or https://"),
         (
             {"model": "a", "local_copy": "c"},
-            "has no url, so local_copy and served_name say nothing",
+            "teacher.local_copy = 'c' is about a teacher at a url, and this one has none",
         ),
     ],
 )
@@ -166,6 +176,25 @@ def test_two_prompts_make_two_texts() -> None:
     assert trial_texts(prompts) == [((3, 4), (5, 6, 7)), ((5, 6, 7), (3, 4))]
 
 
+def test_the_longest_that_is_read_is_a_prompt_or_what_a_view_reads_in_its_place() -> None:
+    loaded = load_model("builtin:sort-student")
+    ids = [tuple(loaded.tokenizer.encode(text)) for text in ("S: 31", "S: 4123")]
+    prompts = [Prompt("a", ids[0], "S: 31"), Prompt("b", ids[1], "S: 4123")]
+    encoder = ContextEncoder(loaded.tokenizer, PromptSettings())
+    plain, longest = TeacherView(), len(ids[1])
+    told = TeacherView(context="{prompt}{prompt}")
+    other = TeacherView("teacher.other", context="{prompt}{prompt}{prompt}{prompt}")
+    own = TeacherView("reference", source="initial_student", context="{prompt}{prompt}{prompt}")
+
+    def read(*views: TeacherView) -> int:
+        return longest_read("teacher", views, prompts, encoder, max_new_tokens=10)
+
+    twice = len(encoder.encode(prompts, told)[1])
+    assert twice > longest
+    assert read() == read(plain) == read(own) == read(other) == longest
+    assert read(told) == read(other, own, told) == twice
+
+
 # --------------------------------------------------------------------------------------------
 # A run
 
@@ -217,6 +246,22 @@ def test_a_run_with_a_served_teacher_has_the_losses_of_a_local_one(
         assert told.keys() == plain.keys()
         for name, value in plain.items():
             assert told[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+
+
+def test_a_server_with_fewer_positions_than_the_run_needs_is_an_error_before_it_begins(
+    tmp_path: Path,
+) -> None:
+    teacher = load_model("builtin:sort-teacher")
+    teacher.model.config.max_position_embeddings = 20
+    with serving(teacher) as url:
+        words = [*QUICKLY, "--output", str(tmp_path), "--teacher.url", url]
+        run = opd.load(None, [*words, "--sampler.max_new_tokens", "19"])
+        said = "takes 20 tokens per sequence, .*lower sampler.max_new_tokens to"
+        with pytest.raises(TeacherError, match=said):
+            next(opd.train(run))
+        errors = [one for one in examine(run, live=True).findings if one.level == "error"]
+        assert [one.where for one in errors] == ["teacher.url"]
+        assert re.search(said, errors[0].message)
 
 
 def test_a_run_waits_for_its_server_and_ends_as_if_nothing_had_happened(

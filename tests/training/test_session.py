@@ -10,7 +10,8 @@ import torch
 
 from opd.teacher.local import LocalTeacher
 from opd.training.config import load
-from opd.training.session import micro_batch_tokens, open_session
+from opd.training.session import open_session
+from opd.training.teachers import micro_batch_tokens
 
 
 def test_zero_chooses_the_micro_batch_by_the_device_and_a_number_is_kept() -> None:

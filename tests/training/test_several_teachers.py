@@ -31,8 +31,9 @@ from opd.training.conflict import find_rivals, measure, why_not_measured
 from opd.training.explain import explain
 from opd.training.loop import summary_of_teachers, train_run
 from opd.training.plan import AskedEntries, make_plan
-from opd.training.session import _entries_of_all, build_method, make_phases, open_session
+from opd.training.session import build_method, make_phases, open_session
 from opd.training.sources import find_sources
+from opd.training.teachers import _entries_of_all
 from opd.types import (
     Need,
     Prompt,
@@ -80,7 +81,7 @@ def routed_run(output: Path, *changes: Mapping[str, Any]) -> Run:
         ({"teachers": {"add": {"model": ""}}}, r"\[teachers.add\] has neither a model nor a url"),
         (
             {"teachers": {"add": {"model": "", "url": "http://x:1", "keep": "disk"}}},
-            "teachers.add.keep = 'disk' is about weights in this process",
+            "teachers.add.keep = 'disk' is about a teacher that is loaded here",
         ),
     ],
 )
@@ -193,7 +194,8 @@ def test_a_run_with_one_teacher_tells_of_no_others(tmp_path: Path) -> None:
     reports = finish(tiny_run(tmp_path))
     assert reports[-1].summary is not None
     assert reports[-1].summary["teachers"] == {}
-    assert not any(name.count("/") > 1 for r in reports for name in r.metrics if "teacher" in name)
+    names = {name for report in reports for name in report.metrics}
+    assert not any(name.count("/") > 1 for name in names if name.startswith("teacher"))
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -501,7 +503,7 @@ def asked_of(tmp_path: Path, tables: Mapping[str, Any], endpoints: Mapping[str, 
     run = routed_run(tmp_path, {"method": OBJECTIVES["entries"]}, {"teachers": own})
     phase = make_phases(run.config, build_method(run))[-1]
     teachers = {name: RemoteTeacher(each, vocab_size=53) for name, each in endpoints.items()}
-    return _entries_of_all(teachers, "teacher", phase, run.config)
+    return _entries_of_all(teachers, "teacher", phase.method, phase.plan, run.config)
 
 
 def test_where_one_teacher_has_to_answer_by_entries_all_do(tmp_path: Path) -> None:

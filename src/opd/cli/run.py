@@ -38,9 +38,11 @@ def main(arguments: Namespace) -> int:
                 track.add(report)
                 for note in report.notes:
                     screen.print(f"note: {note}")
+                for alarm in report.alarms:
+                    screen.print(f"alarm: step {report.step}: {alarm}", soft_wrap=True)
                 if report.summary is None:
                     view.show()
-                coming = _next_act(report)
+                coming = _next_act(run, report)
                 if coming:
                     view.doing(coming)
         except KeyboardInterrupt:
@@ -99,6 +101,9 @@ def print_outcome(
         f"{summary['method']}: {duration(summary['seconds'])}, {summary['tokens']:,} tokens, "
         f"{summary['peak_mb']:,.0f} MB at the peak"
     )
+    for name, told in summary.get("alarms", {}).items():
+        steps = "1 step" if told["steps"] == 1 else f"{told['steps']} steps"
+        screen.print(f"alarm: {name}, {steps} from step {told['first_step']} on", soft_wrap=True)
     for note in summary["notes"]:
         screen.print(f"note: {note}")
     screen.print(
@@ -172,15 +177,22 @@ def _how_to_go_on(folder: Path | None) -> str:
 def _first_act(run: Run, resume: str | None) -> str:
     if resume:
         return f"loading models and prompts, to continue {resume}"
-    then = "" if run.config.warmup.steps else f", {MEASURING_START}"
+    then = "" if run.config.warmup.steps else f", {_measuring_start(run)}"
     return f"loading models and prompts of {run.source}{then}"
 
 
-MEASURING_START = "measuring student and teacher before the first step"
+def _measuring_start(run: Run) -> str:
+    teacher = run.config.teacher
+    is_here = bool(teacher.model) and not teacher.cache.offline and run.config.evaluate.teacher
+    return f"measuring {'student and teacher' if is_here else 'the student'} before the first step"
 
 
-def _next_act(report: Any) -> str:
+def _next_act(run: Run, report: Any) -> str:
     """What the loop does after this report, where it takes a while and is no step."""
     if report.summary is not None or report.step < report.steps:
         return ""
-    return MEASURING_START if report.phase == "warmup" else "measuring the end and saving the model"
+    return (
+        _measuring_start(run)
+        if report.phase == "warmup"
+        else "measuring the end and saving the model"
+    )

@@ -62,8 +62,9 @@ def side_by_side(run: Run, path: Path, count: int) -> tuple[list[str], list[Colu
     """The first test prompts of a run and what start, end and teacher write, greedily."""
     from opd.models import resolve_device
     from opd.training.folder import RunFolder
-    from opd.training.session import find_verifier, load_run_prompts, load_teacher
+    from opd.training.session import find_verifier, load_run_prompts
     from opd.training.students import end_student, start_student
+    from opd.training.teachers import load_teacher
 
     folder = RunFolder(path)
     end, weights = end_student(run, folder)

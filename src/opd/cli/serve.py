@@ -29,15 +29,17 @@ def main(arguments: Namespace) -> int:
     import torch
 
     from opd.models import load_model, resolve_device, scoring_dtype
-    from opd.teacher.server import Listening, ScoringServer, ServeSettings
+    from opd.teacher.server import Listening, ScoringServer, ServeSettings, listen_at
 
     settings = ServeSettings(
         host=arguments.host,
         port=arguments.port,
         key=_key(arguments.key_env),
         max_tokens=arguments.max_tokens,
+        receive_s=arguments.receive_s,
         drain_s=arguments.drain_s,
     )
+    listen_at(settings).close()  # whether it can be, before a model loads for minutes
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = resolve_device(arguments.device)

@@ -73,13 +73,14 @@ def deepseek_v4(
         teachers: names of `[teachers.NAME]` in the run file.
         weights: one per teacher, positive; empty: the same for all, 1 in all.
 
-    Source: DeepSeek-V4, arXiv:2606.19348.
+    Source: DeepSeek-V4, arXiv:2606.19348, equation 29.
     Evidence: E0
-    Formula: note
+    Formula: paper
     Stationary: its combination
     Settings: more than ten specialists, on the whole vocabulary; teachers loaded in turn, their
         hidden states kept and projected when they are compared. The weights are not published.
-    Departures: none known; text and weights of the report were not at hand.
+    Departures: none known. The report does not say how tokens are averaged, and its text lets the
+        weights follow the task of the prompt, for which there is `teacher.route`.
     Failure: where specialists disagree none is followed; `teacher.route` asks one of them a prompt.
     """
     shares = weights or (1.0 / max(1, len(teachers)),) * len(teachers)

@@ -187,6 +187,11 @@ class CachedTeacher:
         """Whether the teacher can answer it; without one, nobody knows before it is looked up."""
         return self.teacher is None or self.teacher.can(need)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether hidden states of this revision were kept, which answer every support."""
+        return self.cache.head(self.revision) is not None
+
     def missing(self, request: TeacherRequest) -> int:
         """How many sequences of a request have no answer yet."""
         asked = _sequences(request, self.revision)
@@ -313,9 +318,17 @@ class CachedTeacher:
         self._check_form([entries[one.key] for one in again for entries in (kept, said)])
         tokens = pack_rows(request.batch.token.tokens, request.batch.token.mask)
         own = torch.cat([tokens[one.rows] for one in again])
-        before = _in_nats([kept[one.key] for one in again], self._head(request), own)
-        now = _in_nats([said[one.key] for one in again], head, own)
-        apart = torch.cat([_apart(before[name], now[name]).flatten() for name in before])
+        first, second = [kept[one.key] for one in again], [said[one.key] for one in again]
+        before, now = _in_nats(first, self._head(request), own), _in_nats(second, head, own)
+        differences = {name: _apart(before[name], now[name]) for name in before}
+        if "top_logp" in before:
+            differences["top_logp"] = _lists_apart(
+                _joined_values(first, "top_ids"),
+                before["top_logp"],
+                _joined_values(second, "top_ids"),
+                now["top_logp"],
+            )
+        apart = torch.cat([difference.flatten() for difference in differences.values()])
         with self._lock:
             self._drift += Stat(float(apart.sum()), float(len(apart)))
         if len(apart) and float(apart.max()) > self.drift_limit:
@@ -418,7 +431,7 @@ def _in_nats(
 ) -> dict[str, Tensor]:
     """What of answers can be compared: of hidden states, what they say of the rows' own tokens."""
     joined = {
-        name: torch.cat([entry.values[name] for entry in entries])
+        name: _joined_values(entries, name)
         for name in (*LOGS, "hidden")
         if name in entries[0].values
     }
@@ -428,6 +441,26 @@ def _in_nats(
         told = answers(hidden.to(device), head, ("sampled",), tokens=tokens.to(device))
         joined["hidden"] = told["sampled_logp"].cpu()
     return joined
+
+
+def _joined_values(entries: Sequence[Entry], name: str) -> Tensor:
+    return torch.cat([entry.values[name] for entry in entries])
+
+
+def _lists_apart(ids: Tensor, before: Tensor, ids_now: Tensor, now: Tensor) -> Tensor:
+    """|difference| of the likeliest entries, by their ids.
+
+    An entry that is in one list alone is in the other at most what that list's last one is, and
+    differs by no less than what is left.
+    """
+    same = ids.unsqueeze(-1) == ids_now.unsqueeze(-2)
+    there = torch.where(same, now.unsqueeze(-2), -torch.inf).amax(-1)
+    known = _apart(before, there)
+    left = (before - now.amin(-1, keepdim=True)).clamp(min=0.0).nan_to_num(nan=0.0)
+    new = (now - before.amin(-1, keepdim=True)).clamp(min=0.0).nan_to_num(nan=0.0)
+    return torch.where(same.any(-1), known, left.double()).maximum(
+        torch.where(same.any(-2), 0.0, new.double())
+    )
 
 
 def _apart(before: Tensor, now: Tensor) -> Tensor:

@@ -148,6 +148,15 @@ class ScoreCache:
             is_whole = not any(found.values()) or self.head(revision) is not None
             return {key for key, has_head in found.items() if is_whole or not has_head}
 
+    def revisions(self) -> list[str]:
+        """Whose answers are in the folder."""
+        found = set()
+        for file, _, _ in self._files():
+            if file.suffix == SUFFIX and file.name.startswith(SHARD_STEM):
+                with suppress(DamagedError, OtherVersionError, OSError):
+                    found.add(Shard(file).revision)
+        return sorted(found)
+
     def head(self, revision: str, device: torch.device | None = None) -> Unembedding | None:
         """What turns hidden states of this revision into logits, if it was ever put."""
         with self._lock:
@@ -285,7 +294,7 @@ class ScoreCache:
         for part in _parts(known.writing, self.shard_bytes):
             stem = _shard_stem(revision)
             file = self.folder / f"{stem}-{time.time_ns():x}{uuid.uuid4().hex}{SUFFIX}"
-            write_shard(file, part)
+            write_shard(file, part, revision)
             with self._lock:
                 self._add(known, file)
                 for key in part:

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from opd.models import LoadedModel
 from opd.teacher.query import Described
 
-SAMPLED = 16384
-"""Entries of every weight that are hashed, evenly spread."""
+CHUNK = 1 << 22
+"""Entries that are summed at once, in 64 bits, where a sum wraps around everywhere alike."""
+
+PRIME = 65521
+"""Places are counted modulo this."""
 
 
 def identity(loaded: LoadedModel, *, name: str = "") -> Described:
@@ -58,22 +61,42 @@ def template_hash(tokenizer: Any) -> str:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """A hash that changes with the weights.
+    """A hash that changes with what the model computes.
 
-    Of every weight its name, shape and dtype, and some thousand of its entries: training moves
-    them all.
+    Of the numbers in its config, and of every weight and buffer: name, shape, dtype, and two sums
+    over all entries as integers, one of them weighted by their places.
     """
-    seen = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        seen.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        flat = weight.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // SAMPLED)]
-        seen.update(_bytes(some))
+    seen = hashlib.sha256(json.dumps(_settings(model), sort_keys=True, default=str).encode())
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        told = f"{name} {tuple(value.shape)} {value.dtype} {_sums(value)}"
+        seen.update(told.encode())
     return seen.hexdigest()[:16]
 
 
-def _bytes(values: Tensor) -> bytes:
-    return bytes(values.cpu().contiguous().view(torch.uint8).numpy())
+def _settings(model: Any) -> dict[str, Any]:
+    """The config, without what says where the model came from and how it is run."""
+    settings = model.config.to_dict()
+    return {name: value for name, value in settings.items() if not _is_about_loading(name)}
+
+
+def _is_about_loading(name: str) -> bool:
+    return name.startswith("_") or name in ("dtype", "torch_dtype", "transformers_version")
+
+
+def _sums(value: Tensor) -> tuple[int, int]:
+    """Sums of the entries' bits, exact, so the same on every device."""
+    flat = value.detach().contiguous().reshape(-1)
+    whole = flat.view(_INTEGERS[flat.element_size()]) if flat.numel() else flat.long()
+    plain = placed = 0
+    for start in range(0, len(whole), CHUNK):
+        entries = whole[start : start + CHUNK].long()
+        place = torch.arange(start + 1, start + 1 + len(entries), device=entries.device)
+        plain += int(entries.sum())
+        placed += int((entries * (place % PRIME)).sum())
+    return plain, placed
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _short(data: bytes) -> str:

@@ -13,13 +13,13 @@ from torch import Tensor
 from opd.errors import OpdError, TeacherError
 from opd.models import LoadedModel
 from opd.teacher.identity import identity
-from opd.teacher.query import Answer, Asked, Described, Endpoint, Query, bits
+from opd.teacher.query import Answer, Asked, Described, Endpoint, Query, bits, too_long
 from opd.teacher.scoring import Job, Scorer
 
 REPEATS = 1e-3
 """How far apart, in nats, two answers to the same question may be: batching changes roundings."""
 
-AGREES = 5e-2
+AGREES_WITH_COPY = 5e-2
 """How far from a local copy, in nats, a served one may be: engines round, and more in bfloat16."""
 
 
@@ -50,6 +50,8 @@ class Trial:
         top_k: how many of the teacher's likeliest tokens.
         columns: how many ids to score at every token.
         temperature, merge_ids: as in `Query`.
+        longest_prompt: tokens of the longest prompt that the run will ask about, context included.
+        max_new_tokens: of the run's responses; 0: not known.
     """
 
     texts: Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -58,6 +60,8 @@ class Trial:
     columns: int = 0
     temperature: float = 1.0
     merge_ids: tuple[tuple[int, ...], ...] = ()
+    longest_prompt: int = 0
+    max_new_tokens: int = 0
 
     def query(self) -> Query:
         """The texts as a query; the ids to score are those of the text itself, in turn."""
@@ -106,6 +110,10 @@ def preflight(
         return Preflight(None, (str(error),), ())
     apart = differences(described, student, merge_stop_ids=merge_stop_ids)
     errors += [f"it {difference}" for difference in apart]
+    longest = trial.longest_prompt + trial.max_new_tokens
+    if described.max_tokens and longest > described.max_tokens:
+        said = too_long(described.max_tokens, trial.longest_prompt, trial.max_new_tokens)
+        errors.append(f"it {said}")
     notes += _unsaid(described, student)
     query = trial.query()
     try:
@@ -179,7 +187,7 @@ def _against_copy(
     own = dict(scorer.answer([Job(asked, query) for asked in query.sequences]))
     apart = _furthest(answers, [own[place] for place in range(len(own))])
     revision = identity(copy).revision
-    if apart > AGREES:
+    if apart > AGREES_WITH_COPY:
         reason = (
             "the weights differ"
             if told.revision and told.revision != revision

@@ -56,6 +56,12 @@ class Asked:
         """Tokens, the prompt's included."""
         return len(self.prompt) + len(self.response)
 
+    @property
+    def wire_bytes(self) -> int:
+        """Most bytes it takes in a query of the scoring protocol, with a prompt of its own."""
+        ids = 0 if self.ids is None else self.ids.numel()
+        return 4 * (len(self.prompt) + ids + 3) + 5 * len(self.response)
+
     def rows(self, name: str) -> Bool[Tensor, " T"]:
         """Which response tokens want a field."""
         return (self.want & bit(name)) != 0
@@ -117,7 +123,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a protocol can carry, known before a run.
+    """What a protocol can carry and a server takes, known before a run.
+
+    What depends on the server is there once the endpoint has described itself.
 
     Attributes:
         wanted: fields it has.
@@ -125,6 +133,9 @@ class Limits:
         temperature: whether it scores at other temperatures than 1.
         merge_ids: whether it can count several ids as one.
         why_not: per field it lacks, the reason and the way out, for messages.
+        sequence_tokens: most tokens of one sequence; None, here and below: it does not say.
+        sequences, query_tokens, query_bytes: most of one query.
+        ids: most ids to score at one token.
     """
 
     wanted: frozenset[str]
@@ -132,6 +143,30 @@ class Limits:
     temperature: bool = True
     merge_ids: bool = True
     why_not: Mapping[str, str] = field(default_factory=dict)
+    sequence_tokens: int | None = None
+    sequences: int | None = None
+    query_tokens: int | None = None
+    query_bytes: int | None = None
+    ids: int | None = None
+
+
+def too_long(limit: int, prompt: int, response: int) -> str:
+    """Why a server does not take a sequence, and the way out, after the words for the server.
+
+    Args:
+        limit: most tokens of one sequence.
+        prompt, response: tokens that it has.
+    """
+    room = limit - prompt
+    way_out = (
+        f"lower sampler.max_new_tokens to {room}, or shorten the prompts"
+        if room > 0
+        else "shorten the prompts, and lower sampler.max_new_tokens"
+    )
+    return (
+        f"takes {limit} tokens per sequence, and a prompt of {prompt} with a response of "
+        f"{response} has {prompt + response}; {way_out}"
+    )
 
 
 @dataclass(frozen=True)
@@ -201,6 +236,9 @@ class Endpoint(Protocol):
 
 SLACK = 1e-3
 """How far rounding in a teacher's arithmetic may take a mass above 1."""
+
+TOLD_TWICE = 2e-2
+"""How far apart two numbers for one token may be, relative to 1 + |log p|: bfloat16's rounding."""
 
 
 class AnswerError(ValueError):
@@ -301,7 +339,7 @@ def _check_sampled(asked: Asked, query: Query, values: Mapping[str, Tensor]) -> 
     tokens = _firsts(asked.response[both], query)
     same = ids == tokens.unsqueeze(-1)
     told = torch.where(same, top, -torch.inf).max(-1).values
-    apart = same.any(-1) & ((told - logp).abs() > AGREES * (1 + logp.abs()))
+    apart = same.any(-1) & ((told - logp).abs() > TOLD_TWICE * (1 + logp.abs()))
     _refuse(apart, "sampled_logp and top_logp disagree on the same token", logp)
 
 
@@ -311,7 +349,3 @@ def _firsts(tokens: Int[Tensor, "*n"], query: Query) -> Int[Tensor, "*n"]:
         for other in others:
             tokens = torch.where(tokens == other, first, tokens)
     return tokens
-
-
-AGREES = 2e-2
-"""How far apart two numbers for one token may be, relative to 1 + |log p|: bfloat16's rounding."""

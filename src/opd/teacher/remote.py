@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from opd.errors import TeacherError
-from opd.teacher.query import ARRAYS, Answer, Asked, Endpoint, Query, bits
+from opd.teacher.query import ARRAYS, Answer, Asked, Endpoint, Query, bits, too_long
 from opd.types import Batch, Need, Provenance, TeacherRequest, TeacherScores, Unembedding
 
 
@@ -20,7 +21,8 @@ class RemoteSettings:
     """How a batch is cut into requests.
 
     Attributes:
-        tokens_per_request: most tokens of one request; a longer sequence is one of its own.
+        tokens_per_request: most tokens of one request; a longer sequence is one of its own. What
+            the server takes at once may be less, and is kept to as well.
         concurrency: requests in flight at once.
         compress: ask for compressed replies.
     """
@@ -28,6 +30,27 @@ class RemoteSettings:
     tokens_per_request: int = 65536
     concurrency: int = 8
     compress: bool = False
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How much of everything that is limited a request has."""
+
+    tokens: int
+    sequences: int
+    bytes: int
+
+    def __add__(self, other: _Size) -> _Size:
+        return _Size(
+            self.tokens + other.tokens, self.sequences + other.sequences, self.bytes + other.bytes
+        )
+
+    def fits(self, most: _Size) -> bool:
+        return (
+            self.tokens <= most.tokens
+            and self.sequences <= most.sequences
+            and self.bytes <= most.bytes
+        )
 
 
 class RemoteTeacher:
@@ -44,6 +67,7 @@ class RemoteTeacher:
         self.endpoint = endpoint
         self.vocab_size = vocab_size
         self.settings = settings
+        self._is_described = False
 
     def can(self, need: Need) -> bool:
         """Whether the protocol can carry this need, as hidden states or as entries."""
@@ -62,12 +86,20 @@ class RemoteTeacher:
         Raises:
             TeacherError: names the endpoint, the request and the fault.
         """
+        self._describe()
         self._check(request)
-        asked = list(_asked(request))
-        queries = self._queries([one for one in asked if len(one.response)], request)
+        asked = [one for one in _asked(request) if bool(one.want.any())]
+        self._check_lengths(asked)
+        queries = self._queries(asked, request)
         with ThreadPoolExecutor(self.settings.concurrency, "teacher") as pool:
             answers = [one for some in pool.map(self.endpoint.score, queries) for one in some]
         return self._scores(request, answers)
+
+    def _describe(self) -> None:
+        """Let the endpoint learn what its server takes."""
+        if not self._is_described:
+            self.endpoint.describe()
+            self._is_described = True
 
     def _check(self, request: TeacherRequest) -> None:
         limits, batch = self.endpoint.limits, request.batch
@@ -96,17 +128,38 @@ class RemoteTeacher:
                 f"{name} returns at most {limits.top_k} of its likeliest tokens, and "
                 f"{request.top_k} were asked for; lower k"
             )
+        columns = 0 if request.ids is None else request.ids.shape[1]
+        if limits.ids is not None and columns > limits.ids:
+            raise TeacherError(
+                f"{name} scores at most {limits.ids} ids per token, and {columns} were asked for; "
+                "lower k"
+            )
+
+    def _check_lengths(self, asked: Sequence[Asked]) -> None:
+        """Refuse a batch with a sequence that is too long before any of it is sent."""
+        limit = self.endpoint.limits.sequence_tokens
+        longest = max(asked, key=lambda one: one.length, default=None)
+        if limit is not None and longest is not None and longest.length > limit:
+            said = too_long(limit, len(longest.prompt), len(longest.response))
+            raise TeacherError(f"{self.endpoint.name} {said}")
 
     def _queries(self, asked: Sequence[Asked], request: TeacherRequest) -> list[Query]:
         """Requests of about as many tokens each; sequences keep their order."""
+        limits = self.endpoint.limits
+        most = _Size(
+            min(self.settings.tokens_per_request, limits.query_tokens or sys.maxsize),
+            limits.sequences or sys.maxsize,
+            limits.query_bytes or sys.maxsize,
+        )
         parts: list[list[Asked]] = []
-        left = 0
+        size = _Size(0, 0, 0)
         for one in asked:
-            if one.length > left:
+            own = _Size(one.length, 1, one.wire_bytes)
+            size = size + own
+            if not parts or not size.fits(most):
                 parts.append([])
-                left = self.settings.tokens_per_request
+                size = own
             parts[-1].append(one)
-            left -= one.length
         return [
             Query(
                 tuple(part),
@@ -120,17 +173,18 @@ class RemoteTeacher:
 
     def _scores(self, request: TeacherRequest, answers: Sequence[Answer]) -> TeacherScores:
         device = request.batch.input_ids.device
+        head = self._head(device) if request.distribution else None
         found: dict[str, Tensor] = {}
         for field in _wanted(request):
             for array in ARRAYS[field]:
                 parts = [answer.values[array] for answer in answers]
-                whole = torch.cat(parts).to(device)
+                whole = torch.cat(parts or [_no_rows(array, request, head)]).to(device)
                 found[array] = whole if whole.is_floating_point() else whole.long()
         revisions = {answer.revision for answer in answers}
         return TeacherScores(
             **found,  # type: ignore[arg-type]
             ids=request.ids if "ids_logp" in found else None,
-            unembedding=self._head(device) if request.distribution else None,
+            unembedding=head,
             provenance={"reference": self.endpoint.name, "revision": ", ".join(sorted(revisions))},
         )
 
@@ -156,6 +210,17 @@ def _wanted(request: TeacherRequest) -> frozenset[str]:
         "entropy": request.entropy and not request.distribution,
     }
     return frozenset(name for name, is_asked in asks.items() if is_asked)
+
+
+def _no_rows(array: str, request: TeacherRequest, head: Unembedding | None) -> Tensor:
+    """An array of an answer where nothing was asked."""
+    if array in ("top_ids", "top_logp"):
+        return torch.empty((0, request.top_k), dtype=torch.long if array == "top_ids" else None)
+    if array == "ids_logp" and request.ids is not None:
+        return torch.empty((0, request.ids.shape[1]))
+    if array == "hidden" and head is not None:
+        return head.weight.new_empty((0, head.weight.shape[1]))
+    return torch.empty(0)
 
 
 def _asked(request: TeacherRequest) -> Iterator[Asked]:

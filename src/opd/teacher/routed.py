@@ -54,9 +54,14 @@ class Router:
                 has.
         """
         name = self._asked(prompt)
-        if name in self.names:
-            return str(name)
         said = f"{prompt.id}: teacher.route = {self.spec!r} says {name!r}"
+        if not isinstance(name, str):
+            raise DataError(
+                f"{said}, which is of type {type(name).__name__}; a route says the name of one of "
+                f"the [teachers.NAME] as a text: {', '.join(self.names)}"
+            )
+        if name in self.names:
+            return name
         raise DataError(
             f"{said}, and there is no [teachers.{name}]. {nearest(str(name), self.names)}"
         )
@@ -129,31 +134,35 @@ class RoutedTeacher:
             )
         seconds: dict[str, float] = {}
         replies = []
-        for place, part in self._parts(request):
+        for place, own in self._shares(request):
             name, started = list(self.teachers)[place], _now(request)
-            replies.append(_Reply(place, part, self._ask(name, part, request)))
+            part = select(request.batch, own)
+            prompts = tuple(request.prompts[b] for b in own)
+            replies.append(_Reply(place, part, self._ask(name, part, prompts, request)))
             seconds[name] = _now(request) - started
         return _joined(replies, tuple(self.teachers), request.batch.row_index, seconds)
 
-    def _parts(self, request: TeacherRequest) -> Iterator[tuple[int, Part]]:
-        """Places of teachers and what they are asked; nobody is asked about nothing."""
+    def _shares(self, request: TeacherRequest) -> Iterator[tuple[int, Sequence[int]]]:
+        """Places of teachers and the sequences they score; nobody is asked about nothing."""
         names = [self.router(prompt) for prompt in request.prompts]
         if not len(request.batch.row_index):
-            yield 0, select(request.batch, range(len(names)))
+            yield 0, range(len(names))
             return
         has_rows = request.batch.token.mask.any(1).tolist()
         for place, name in enumerate(self.teachers):
             own = [b for b, whose in enumerate(names) if whose == name]
             if any(has_rows[b] for b in own):
-                yield place, select(request.batch, own)
+                yield place, own
 
-    def _ask(self, name: str, part: Part, request: TeacherRequest) -> TeacherScores:
+    def _ask(
+        self, name: str, part: Part, prompts: tuple[Prompt, ...], request: TeacherRequest
+    ) -> TeacherScores:
         scores = self.teachers[name].score(
             replace(
                 request,
                 batch=part.batch,
                 ids=None if request.ids is None else request.ids[part.rows],
-                prompts=(),
+                prompts=prompts,
             )
         )
         if scores.id_map is not None or scores.heads:

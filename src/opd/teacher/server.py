@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import hmac
+import math
+import socket
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, fields
+from http import HTTPStatus
 from typing import Any
 
 import h11
 import prometheus_client as prometheus
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from opd.errors import ConfigError
 from opd.models import LoadedModel
+from opd.teacher.connection import in_words, wrong_in_key
 from opd.teacher.identity import identity
 from opd.teacher.messages import TRIED, QueryLimits, answer_frame, read_query
 from opd.teacher.opd_endpoint import CONTENT_TYPE, HEAD, INFO, SCORE, head_bytes
 from opd.teacher.query import WANTED, Answer, Query
 from opd.teacher.scoring import Job, Scorer
-from opd.teacher.wire import Frame, WireError, decode, encode
+from opd.teacher.wire import VERSION, Frame, WireError, decode, encode
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+BACKLOG = 2048
+LINGER_S = 1.0
+"""Between the last word to a client and the end of the connection."""
+PART_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,16 @@ class ServeSettings:
         port: 0 takes a free one.
         key: bearer token that clients must show; empty: none.
         max_tokens: padded tokens per forward.
-        waiting_tokens: tokens that may wait; beyond, clients are told to come back (429).
+        waiting_tokens: tokens that may wait, to be scored or for their answers to be taken; beyond,
+            clients are told to come back (429).
         max_body_bytes: of a request.
+        max_receiving_bytes: of all requests that are arriving; beyond, clients are told to come
+            back.
+        max_unread_bytes: of a request's answers that its client has not taken; beyond, no more of
+            its sequences are scored until it has. One turn of scoring may go beyond.
+        max_connections: at once; who comes later is told to come back (503).
         receive_s: seconds in which a request must arrive.
+        stalled_s: seconds in which a client must take something of what it is sent.
         drain_s: seconds that what has begun may take when the server is told to stop.
     """
 
@@ -55,10 +72,27 @@ class ServeSettings:
     max_tokens: int = 16384
     waiting_tokens: int = 2**22
     max_body_bytes: int = 2**28
+    max_receiving_bytes: int = 2**30
+    max_unread_bytes: int = 2**26
+    max_connections: int = 512
     receive_s: float = 30.0
+    stalled_s: float = 60.0
     drain_s: float = 60.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ConfigError(
+                f"--port {self.port}: ports go from 1 to 65535, and 0 takes a free one"
+            )
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name not in ("host", "port", "key") and not 0 < value < math.inf:
+                raise ConfigError(f"{each.name} = {value:g}: it must be a number above 0")
+        if wrong := wrong_in_key(self.key):
+            raise ConfigError(
+                f"the server's key {wrong}; set the environment variable that --key-env names to "
+                "the key alone"
+            )
         if self.host not in LOOPBACK and not self.key:
             raise ConfigError(
                 f"--host {self.host} is open to others, so the server needs a key: set the "
@@ -76,11 +110,18 @@ class BusyError(Exception):
 
 @dataclass(eq=False)
 class _Ticket:
-    """A query in the queue, and where its answers go."""
+    """A query in the queue, and where its answers go.
+
+    Attributes:
+        owed: tokens of the sequences whose answers were not taken yet.
+        unread_bytes: of answers that wait to be taken.
+    """
 
     query: Query
     loop: asyncio.AbstractEventLoop
     answers: asyncio.Queue[tuple[int, Answer] | BaseException | None]
+    owed: int
+    unread_bytes: int = 0
     next: int = 0
     open: int = 0
     cancelled: bool = False
@@ -110,24 +151,27 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
         self._thread.start()
 
-    async def answers(self, query: Query) -> AsyncIterator[tuple[int, Answer]]:
+    async def answers(self, query: Query) -> AsyncGenerator[tuple[int, Answer], None]:
         """Numbers of the query's sequences and their answers, as they become known.
 
         Raises:
             BusyError: before anything is scored.
         """
-        ticket = _Ticket(query, asyncio.get_running_loop(), asyncio.Queue())
+        ticket = _Ticket(query, asyncio.get_running_loop(), asyncio.Queue(), query.tokens)
         self._enter(ticket)
         try:
             while (told := await ticket.answers.get()) is not None:
                 if isinstance(told, BaseException):
                     raise told
+                number, answer = told
+                self._taken(ticket, query.sequences[number].length, _bytes_of(answer))
                 yield told
         finally:
             ticket.cancelled = True
+            self._taken(ticket, ticket.owed, ticket.unread_bytes)
 
     def _enter(self, ticket: _Ticket) -> None:
-        tokens = ticket.query.tokens
+        tokens = ticket.owed
         with self._changed:
             if self._waiting and self._waiting + tokens > self._settings.waiting_tokens:
                 rate = max(self._tokens_per_s, 1.0)
@@ -135,6 +179,18 @@ class Batcher:
             self._waiting += tokens
             self._metrics.waiting.set(self._waiting)
             self._tickets.append(ticket)
+            self._changed.notify()
+
+    def _taken(self, ticket: _Ticket, tokens: int, unread_bytes: int) -> None:
+        """Somebody has, or will never have, answers about so many tokens.
+
+        Until then they count as waiting: whoever asks and does not read is told to come back.
+        """
+        with self._changed:
+            ticket.owed -= tokens
+            ticket.unread_bytes -= unread_bytes
+            self._waiting -= tokens
+            self._metrics.waiting.set(self._waiting)
             self._changed.notify()
 
     def stop(self) -> None:
@@ -152,7 +208,7 @@ class Batcher:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._tickets and not self._stopping:
+                while not self._has_work() and not self._stopping:
                     self._changed.wait()
                 if self._stopping:
                     return
@@ -160,28 +216,30 @@ class Batcher:
             if taken:
                 self._score(taken)
 
+    def _has_work(self) -> bool:
+        return any(ticket.cancelled or self._is_read(ticket) for ticket in self._tickets)
+
+    def _is_read(self, ticket: _Ticket) -> bool:
+        """Whether its client takes answers; what nobody takes would fill the memory."""
+        return ticket.unread_bytes < self._settings.max_unread_bytes
+
     def _take(self) -> list[tuple[_Ticket, int]]:
         """The oldest sequences, a forward's worth of tokens or at least one."""
         taken: list[tuple[_Ticket, int]] = []
         left = self._settings.max_tokens
-        while self._tickets:
-            ticket = self._tickets[0]
+        for ticket in [*self._tickets]:
             sequences = ticket.query.sequences
-            if ticket.cancelled:
-                self._waiting -= sum(asked.length for asked in sequences[ticket.next :])
-                self._tickets.popleft()
+            if not ticket.cancelled and not self._is_read(ticket):
                 continue
-            length = sequences[ticket.next].length
-            if taken and length > left:
-                break
-            taken.append((ticket, ticket.next))
-            left -= length
-            self._waiting -= length
-            ticket.next += 1
-            ticket.open += 1
-            if ticket.next == len(sequences):
-                self._tickets.popleft()
-        self._metrics.waiting.set(self._waiting)
+            while not ticket.cancelled and ticket.next < len(sequences):
+                length = sequences[ticket.next].length
+                if taken and length > left:
+                    return taken
+                taken.append((ticket, ticket.next))
+                left -= length
+                ticket.next += 1
+                ticket.open += 1
+            self._tickets.remove(ticket)
         return taken
 
     def _score(self, taken: list[tuple[_Ticket, int]]) -> None:
@@ -190,6 +248,8 @@ class Batcher:
         try:
             for place, answer in self._scorer.answer(jobs):
                 ticket, number = taken[place]
+                with self._changed:
+                    ticket.unread_bytes += _bytes_of(answer)
                 ticket.tell((number, answer))
                 ticket.open -= 1
                 if not ticket.open and ticket.next == len(ticket.query.sequences):
@@ -203,6 +263,10 @@ class Batcher:
         tokens = sum(job.asked.length for job in jobs)
         self._tokens_per_s = tokens / max(seconds, 1e-6)
         self._metrics.scored(len(jobs), tokens, self._scorer.shared_tokens, seconds)
+
+
+def _bytes_of(answer: Answer) -> int:
+    return sum(value.numel() * value.element_size() for value in answer.values.values())
 
 
 class Metrics:
@@ -257,6 +321,7 @@ class ScoringServer:
         )
         self.limits = QueryLimits(loaded.vocab_size, max_tokens=self.identity.max_tokens or 2**20)
         self.draining = False
+        self._receiving = 0
         self._head: bytes | None = None
         self.batcher = Batcher(self.scorer, settings, self.metrics)
         self.app = Starlette(
@@ -283,7 +348,7 @@ class ScoringServer:
         return JSONResponse(
             {
                 "protocol": "opd",
-                "versions": [1],
+                "versions": [VERSION],
                 "model": told.model,
                 "revision": told.revision,
                 "vocab_size": told.vocab_size,
@@ -317,17 +382,21 @@ class ScoringServer:
             self._head = await asyncio.to_thread(
                 head_bytes, self.scorer.head, self.identity.revision
             )
-        return Response(self._head, media_type="application/octet-stream")
+        size = {"Content-Length": str(len(self._head))}
+        return StreamingResponse(
+            _cut(self._head), headers=size, media_type="application/octet-stream"
+        )
 
     async def score(self, request: Request) -> Response:
         """A stream of answer frames, one per sequence, then an end frame."""
         if self.draining:
             return self._refused(503, "this server is about to stop")
         try:
-            async with asyncio.timeout(self.settings.receive_s):
-                body = await self._body(request)
-        except TimeoutError:
-            return self._refused(408, f"no request within {self.settings.receive_s:g} s")
+            body = await self._body(request)
+        except ClientDisconnect:  # it left, or was told that it took too long
+            return self._refused(408, "")
+        except BusyError as error:
+            return self._come_back("more arrives than may arrive", error)
         if body is None:
             return self._refused(
                 413, f"more than {self.settings.max_body_bytes} bytes; ask in several requests"
@@ -337,27 +406,24 @@ class ScoringServer:
             query, tried = read_query(frame, self.limits)
         except WireError as error:
             return self._refused(400, str(error))
+        del body, frame
         answers = self.batcher.answers(query)
         try:
             first = await anext(answers)
         except BusyError as error:
-            busy = self._refused(429, "more waits than may wait; come back later")
-            busy.headers["Retry-After"] = f"{error.retry_after_s:.0f}"
-            return busy
+            return self._come_back("more waits than may wait", error)
         except Exception as error:
-            return self._refused(500, _in_words(error))
+            return self._refused(500, in_words(error))
         self.metrics.requests.labels("200").inc()
-        return StreamingResponse(
-            self._stream(query, tried, first, answers), media_type=CONTENT_TYPE
-        )
+        return _Answers(answers, self._stream(query, tried, first, answers))
 
     async def _stream(
         self,
         query: Query,
         tried: str,
         first: tuple[int, Answer],
-        answers: AsyncIterator[tuple[int, Answer]],
-    ) -> AsyncIterator[bytes]:
+        answers: AsyncGenerator[tuple[int, Answer], None],
+    ) -> AsyncGenerator[bytes, None]:
         try:
             yield self._bytes_of(query, tried, *first)
             async for number, answer in answers:
@@ -365,7 +431,7 @@ class ScoringServer:
             end = {TRIED: tried, "sequences": len(query.sequences)}
             yield encode(Frame("end", end))
         except Exception as error:
-            yield encode(Frame("error", {TRIED: tried, "message": _in_words(error)}))
+            yield encode(Frame("error", {TRIED: tried, "message": in_words(error)}))
 
     def _bytes_of(self, query: Query, tried: str, number: int, answer: Answer) -> bytes:
         frame = answer_frame(query.sequences[number], answer, number=number, tried=tried)
@@ -392,26 +458,62 @@ class ScoringServer:
         return hmac.compare_digest(shown, expected)
 
     async def _body(self, request: Request) -> bytes | None:
-        """The request's bytes; None where there are too many."""
+        """The request's bytes; None where there are too many.
+
+        Raises:
+            BusyError: together with those of others that are arriving they are too many.
+            ClientDisconnect: not all of them came.
+        """
         said = request.headers.get("Content-Length", "")
         if said.isdigit() and int(said) > self.settings.max_body_bytes:
             return None
         data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > self.settings.max_body_bytes:
-                return None
+        try:
+            async for part in request.stream():
+                data += part
+                self._receiving += len(part)
+                if len(data) > self.settings.max_body_bytes:
+                    return None
+                if self._receiving > self.settings.max_receiving_bytes:
+                    raise BusyError(1.0)
+        finally:
+            self._receiving -= len(data)
         return bytes(data)
+
+    def _come_back(self, why: str, error: BusyError) -> Response:
+        busy = self._refused(429, f"{why}; come back later")
+        busy.headers["Retry-After"] = f"{error.retry_after_s:.0f}"
+        return busy
 
     def _refused(self, status: int, why: str) -> Response:
         self.metrics.requests.labels(str(status)).inc()
         return PlainTextResponse(why, status)
 
 
-def _in_words(error: BaseException) -> str:
-    """An error as a client is told of it: a line, no traceback."""
-    said = " ".join(str(error).split())[:500]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+def _cut(data: bytes) -> Iterator[bytes]:
+    """Parts that are sent one by one, so that a slow client holds one and not a copy of all."""
+    for start in range(0, len(data), PART_BYTES):
+        yield data[start : start + PART_BYTES]
+
+
+class _Answers(StreamingResponse):
+    """A stream that gives its answers up when the client is gone, and not when memory is cleared.
+
+    Args:
+        answers: what the frames are made of; ended even if none was.
+    """
+
+    def __init__(
+        self,
+        answers: AsyncGenerator[tuple[int, Answer], None],
+        frames: AsyncGenerator[bytes, None],
+    ) -> None:
+        super().__init__(frames, media_type=CONTENT_TYPE)
+        self._answers, self._frames = answers, frames
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._answers), aclosing(self._frames):
+            await super().__call__(scope, receive, send)
 
 
 # --------------------------------------------------------------------------------------------
@@ -419,19 +521,32 @@ def _in_words(error: BaseException) -> str:
 
 
 class _ImpatientProtocol(H11Protocol):
-    """Closes a connection whose request has not arrived whole after some seconds.
+    """Closes connections of clients that keep the server waiting, and those beyond a number.
 
-    Without this, clients that send a byte now and then hold connections for ever.
+    Without this, clients that send or take a byte now and then hold connections for ever, and
+    with them what they were to be sent.
     """
 
     receive_s = 30.0
+    stalled_s = 60.0
+    max_connections = 512
     _late: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
+    _has_begun = False
+    _is_refused = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self._refuse(503, "as many connections as there may be; come back later")
+            transport.close()
+            return
         self._expect()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        self._has_begun = True
         super().data_received(data)
         if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
             self._expect()
@@ -440,21 +555,69 @@ class _ImpatientProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._arrived()
+        self._goes_on()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_less(self.transport.get_write_buffer_size())
+
+    def _expect_less(self, waits: int) -> None:
+        """Close in a while, unless fewer bytes wait to be taken then; none are added meanwhile."""
+        self._stalled = self.loop.call_later(self.stalled_s, self._look_again, waits)
+
+    def _look_again(self, waited: int) -> None:
+        waits = self.transport.get_write_buffer_size()
+        if waits < waited:
+            self._expect_less(waits)
+        else:
+            self.transport.abort()
+
+    def resume_writing(self) -> None:
+        self._goes_on()
+        super().resume_writing()
+
+    def _goes_on(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def _expect(self) -> None:
         if self._late is None:
-            self._late = self.loop.call_later(self.receive_s, self._close)
+            self._late = self.loop.call_later(self.receive_s, self._give_up)
 
     def _arrived(self) -> None:
+        self._has_begun = False
         if self._late is not None:
             self._late.cancel()
             self._late = None
 
-    def _close(self) -> None:
+    def _give_up(self) -> None:
         self._late = None
-        if self.transport is not None and not self.transport.is_closing():
+        if self.transport is None or self.transport.is_closing():
+            return
+        is_answered = self.conn.their_state is h11.SEND_BODY and self.cycle.response_started
+        if not self._has_begun or is_answered:
             self.transport.close()
+            return
+        self._refuse(
+            408,
+            f"the request did not arrive within {self.receive_s:g} s; send less at once "
+            "(teacher.client.tokens_per_request), or start the server with a larger --receive-s",
+        )
+        self.transport.write_eof()
+        # closed at once, with bytes that nobody read, the client would see a reset and no reply
+        self.loop.call_later(LINGER_S, self.transport.abort)
+
+    def _refuse(self, status: int, why: str) -> None:
+        """Answer in the application's place, and listen no more."""
+        self._is_refused = True
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+            "Content-Type: text/plain; charset=utf-8\r\n"
+            f"Content-Length: {len(why)}\r\nConnection: close\r\n\r\n"
+        )
+        self.transport.write(f"{head}{why}".encode("ascii"))
 
 
 class _Uvicorn(uvicorn.Server):
@@ -469,6 +632,32 @@ class _Uvicorn(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def listen_at(settings: ServeSettings) -> socket.socket:
+    """A socket that listens at the address of the settings.
+
+    Raises:
+        ConfigError: names the port or the host, and the way out.
+    """
+    host, port = settings.host, settings.port
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+        found.listen(BACKLOG)
+    except OSError as error:
+        found.close()
+        way_out = {
+            errno.EADDRINUSE: f"--port {port} is taken; stop what listens there, or take another "
+            "one (0: one that is free)",
+            errno.EACCES: f"--port {port} is not for this user; take one above 1023",
+        }.get(
+            error.errno or 0,
+            f"--host {host} --port {port}: {in_words(error)}; name an address of this machine",
+        )
+        raise ConfigError(way_out) from error
+    return found
+
+
 class Listening:
     """A server that listens, in a thread of its own.
 
@@ -478,7 +667,10 @@ class Listening:
 
     def __init__(self, server: ScoringServer) -> None:
         settings = server.settings
-        protocol = type("Protocol", (_ImpatientProtocol,), {"receive_s": settings.receive_s})
+        own = ("receive_s", "stalled_s", "max_connections")
+        protocol = type(
+            "Protocol", (_ImpatientProtocol,), {name: getattr(settings, name) for name in own}
+        )
         config = uvicorn.Config(
             server.app,
             host=settings.host,
@@ -492,8 +684,7 @@ class Listening:
             h11_max_incomplete_event_size=2**16,
         )
         self.server = server
-        self._socket = config.bind_socket()
-        self._socket.listen(config.backlog)  # who comes before the loop runs waits, and is served
+        self._socket = listen_at(settings)  # who comes before the loop runs waits, and is served
         address, port = self._socket.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         self.url = f"http://{shown}:{port}"

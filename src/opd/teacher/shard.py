@@ -87,8 +87,8 @@ class Entry:
 # Writing
 
 
-def write_shard(file: Path, entries: Mapping[bytes, Entry]) -> None:
-    """Write answers by their keys.
+def write_shard(file: Path, entries: Mapping[bytes, Entry], revision: str) -> None:
+    """Write answers of one revision by their keys.
 
     Raises:
         TrainingError: the disk is full or not to be written.
@@ -107,7 +107,8 @@ def write_shard(file: Path, entries: Mapping[bytes, Entry]) -> None:
             tensors[f"{place}.{name}"] = torch.cat([values[name] for values in members.values()])
     described = json.dumps([json.loads(group) for group in groups])
     index = [tensors[f"{place}.{name}"] for place in range(len(groups)) for name in _INDEX]
-    _write(file, tensors, {"groups": described, "checksum": _index_checksum(described, index)})
+    told = {"groups": described, "checksum": _index_checksum(described, index)}
+    _write(file, tensors, {"revision": revision, **told})
 
 
 def _group(entry: Entry, stored: Mapping[str, Tensor]) -> str:
@@ -170,14 +171,23 @@ def _write(file: Path, tensors: Mapping[str, Tensor], told: Mapping[str, str]) -
     metadata = {"format": FORMAT, "version": str(VERSION), **told}
     try:
         with _disk_advice(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(dict(tensors), temporary, metadata=metadata)
-            _sync(temporary)
-            temporary.replace(file)
-            _sync(file.parent)
+            try:
+                _save(file, temporary, tensors, metadata)
+            except (FileNotFoundError, SafetensorError):  # the folder was deleted meanwhile
+                _save(file, temporary, tensors, metadata)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _save(
+    file: Path, temporary: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), temporary, metadata=dict(metadata))
+    _sync(temporary)
+    temporary.replace(file)
+    _sync(file.parent)
 
 
 def _sync(path: Path) -> None:
@@ -241,7 +251,7 @@ class Shard:
     def __init__(self, file: Path) -> None:
         self.file = file
         with file.open("rb") as handle, _damage(file):
-            self._groups, self.places = _read_index(handle, file)
+            self.revision, self._groups, self.places = _read_index(handle, file)
 
     def has_head(self, key: bytes) -> bool:
         """Whether an unembedding goes with this answer."""
@@ -297,7 +307,7 @@ def _damage(file: Path) -> Iterator[None]:
 
 def _read_index(
     handle: BufferedReader, file: Path
-) -> tuple[list[_Group], dict[bytes, tuple[int, int]]]:
+) -> tuple[str, list[_Group], dict[bytes, tuple[int, int]]]:
     tensors, told, begin = _read_header(handle, file)
     described = told["groups"]
     groups, index, places = [], [], {}
@@ -333,7 +343,7 @@ def _read_index(
         )
     if told["checksum"] != _index_checksum(described, index):
         raise DamagedError(f"the index of {file.name} is not what was written")
-    return groups, places
+    return told["revision"], groups, places
 
 
 def _read_header(handle: BufferedReader, file: Path) -> tuple[dict[str, Any], dict[str, str], int]:
@@ -376,13 +386,13 @@ def write_head(file: Path, head: Unembedding, revision: str) -> None:
     Raises:
         TrainingError: the disk is full or not to be written.
     """
-    tensors, told = _head_parts(head, revision)
+    tensors, told = head_parts(head, revision)
     _write(file, tensors, {"head": told, "checksum": _digest(tensors, told)})
 
 
 def head_digest(head: Unembedding, revision: str) -> str:
     """A hash of everything in a head."""
-    return _digest(*_head_parts(head, revision))
+    return _digest(*head_parts(head, revision))
 
 
 def digest_of(file: Path) -> str:
@@ -408,8 +418,10 @@ def read_head(file: Path, revision: str) -> Unembedding:
         except SafetensorError as error:
             raise DamagedError(f"{file.name} is damaged: {error}") from error
         numbers = json.loads(told["head"])
-        if _digest(tensors, told["head"]) != told["checksum"] or numbers["revision"] != revision:
-            raise DamagedError(f"{file.name} is not what was written of revision {revision!r}")
+        if _digest(tensors, told["head"]) != told["checksum"]:
+            raise DamagedError(f"{file.name} is not what was written")
+        if numbers["revision"] != revision:
+            raise OtherVersionError(f"{file.name} is of revision {numbers['revision']!r}")
         return Unembedding(
             weight=tensors["weight"],
             vocab_size=numbers["vocab_size"],
@@ -419,7 +431,8 @@ def read_head(file: Path, revision: str) -> Unembedding:
         )
 
 
-def _head_parts(head: Unembedding, revision: str) -> tuple[dict[str, Tensor], str]:
+def head_parts(head: Unembedding, revision: str) -> tuple[dict[str, Tensor], str]:
+    """An unembedding as the tensors of a file, without rows that are no tokens, and its numbers."""
     tensors = {"weight": head.weight[: head.vocab_size].detach().cpu().contiguous()}
     if head.bias is not None:
         tensors["bias"] = head.bias[: head.vocab_size].detach().cpu().contiguous()

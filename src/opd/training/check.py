@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
@@ -22,11 +22,12 @@ from opd.data.records import encode_records
 from opd.data.sources import read_records
 from opd.data.tasks import find_tasks
 from opd.errors import OpdError
-from opd.models import LoadedModel, check_same_vocabulary, resolve_device
+from opd.models import LoadedModel, check_same_vocabulary, resolve_device, scoring_dtype
 from opd.objective import Method, Sampled
 from opd.teacher.context import ContextEncoder
 from opd.teacher.preflight import Preflight
 from opd.terms import parts, shown
+from opd.training.caches import Caches
 from opd.training.config import OTHER_TEACHER, Run, StudentConfig, TeacherConfig
 from opd.training.facts import ModelFacts, read_facts
 from opd.training.folder import check_name
@@ -38,22 +39,19 @@ from opd.training.memory import (
 )
 from opd.training.privilege import check_context, check_told, held_out
 from opd.training.probe import try_objective
-from opd.training.remotes import open_endpoint, trial_texts, try_teacher
+from opd.training.remotes import longest_read, open_endpoint, trial_texts, try_teacher
 from opd.training.session import (
     Phase,
-    asks_the_teacher,
     build_method,
     check_judged,
     check_positions,
-    check_teachers,
-    find_router,
     find_verifier,
-    load_teacher,
     make_phases,
     prompt_settings,
     view_notes,
 )
 from opd.training.step import extra_columns
+from opd.training.teachers import asks_the_teacher, check_teachers, find_router, load_teacher
 from opd.types import Bound, Prompt
 
 Level = Literal["error", "note"]
@@ -136,23 +134,27 @@ class _Checker:
     live: bool = False
     findings: list[Finding] = field(default_factory=list)
     memory: list[MemoryPart] = field(default_factory=list)
+    device: torch.device | None = None
 
     def run_all(self) -> None:
         config = self.run.config
-        device = self.attempt("device", lambda: resolve_device(config.device))
+        device = self.device = self.attempt("device", lambda: resolve_device(config.device))
         self.attempt("name", lambda: check_name(config.output, config.name))
         self.extras()
         method = self.attempt("method", lambda: build_method(self.run))
         phases = method and self.attempt("method.states", lambda: make_phases(config, method))
         phases = phases or ()
         student = self.model("student", config.student)
-        teacher = self.model("teacher", config.teacher) if config.teacher.model else None
-        named = config.teachers
+        own, named = config.teacher, config.teachers
+        teacher = self.model("teacher", own) if own.model and not own.cache.offline else None
         if student and teacher:
             self.pair(student, teacher)
         further = {
-            name: self.model(f"teachers.{name}", own) for name, own in named.items() if own.model
+            name: self.model(f"teachers.{name}", table)
+            for name, table in named.items()
+            if table.model and not table.cache.offline
         }
+        self.kept()
         for name, other in further.items():
             if student and other:
                 self.pair(student, other, f"teachers.{name}.model")
@@ -168,7 +170,7 @@ class _Checker:
             self.positions(student, longest)
             self.learning_rates(phases, student)
             self.disk(student, phases)
-        if device and student and phases and (teacher or not config.teacher.model):
+        if device and student and phases and (teacher or not own.model or own.cache.offline):
             others = {name: other for name, other in further.items() if other}
             self.estimate(device, phases[-1], student, teacher, longest, others)
         for phase in phases:
@@ -204,8 +206,15 @@ class _Checker:
 
     def model(self, side: str, config: StudentConfig | TeacherConfig) -> ModelFacts | None:
         return self.attempt(
-            f"{side}.model", lambda: read_facts(self.run.path(config.model), config)
+            f"{side}.model", lambda: read_facts(self.run.path(config.model), self.in_use(config))
         )
+
+    def in_use(self, config: StudentConfig | TeacherConfig) -> StudentConfig | TeacherConfig:
+        """The section with the dtype in which the weights will be in memory."""
+        if isinstance(config, StudentConfig) or self.device is None:
+            return config
+        dtype = cast("Any", scoring_dtype(config.dtype, self.device))
+        return dataclasses.replace(config, dtype=dtype)
 
     def pair(self, student: ModelFacts, teacher: ModelFacts, where: str = "teacher.model") -> None:
         merged = self.run.config.method.merge_stop_ids
@@ -219,7 +228,7 @@ class _Checker:
 
     def teacher_is_there(self, phases: tuple[Phase, ...]) -> None:
         own = self.run.config.teacher
-        if own.model or own.url or own.route:
+        if own.model or own.url or own.route or own.cache.offline:
             return
         for phase in phases:
             asked = asks_the_teacher(phase.method, self.run.config.teachers)
@@ -230,13 +239,29 @@ class _Checker:
                     "or a Hugging Face id, or a server with teacher.url",
                 )
 
+    def kept(self) -> None:
+        """Whether teachers that are not there left answers."""
+        caches = Caches(self.run.base)
+        for where, table in self.tables():
+            if table.cache.offline:
+                self.attempt(f"{where}.cache", functools.partial(caches.kept, where, table))
+
+    def tables(self) -> Iterator[tuple[str, TeacherConfig]]:
+        config = self.run.config
+        yield "teacher", config.teacher
+        for name, table in config.teachers.items():
+            yield f"teachers.{name}", table
+
     def served(self, phase: Phase, student: ModelFacts, train: _Sample, longest: int) -> None:
         """Try the teachers that have a url."""
         config = self.run.config
-        tables = {"teacher": config.teacher}
-        tables |= {f"teachers.{name}": table for name, table in config.teachers.items()}
-        for where, table in tables.items():
-            if not table.url:
+        views, prompts = phase.plan.views, train.prompts.prompts
+        encoder = ContextEncoder(
+            student.hollow.tokenizer, prompt_settings(config.data, with_responses=False)
+        )
+        new = config.sampler.max_new_tokens
+        for where, table in self.tables():
+            if not table.url or table.cache.offline:
                 continue
             view = where.replace("teachers.", OTHER_TEACHER)
             endpoint = self.attempt(f"{where}.url", functools.partial(open_endpoint, where, table))
@@ -253,7 +278,9 @@ class _Checker:
                 phase.plan.needs,
                 view,
                 student=student.hollow,
-                texts=trial_texts(train.prompts.prompts),
+                texts=trial_texts(prompts),
+                longest_prompt=longest_read(view, views, prompts, encoder, max_new_tokens=new),
+                max_new_tokens=new,
                 merge_stop_ids=config.method.merge_stop_ids,
                 local_copy=copy,
             )
@@ -554,7 +581,7 @@ class _Checker:
         if remark.level == "must be declared" and meant:
             self.note(remark.where, f"{remark.message} ({remark.rule}, declared)")
             return
-        message = f"{remark.message} ({remark.rule}). Instead: {remark.way_out}"
+        message = f"{remark.message} ({remark.rule}). Way out: {remark.way_out}"
         if remark.level == "note":
             self.note(remark.where, message)
         elif remark.level == "refused":

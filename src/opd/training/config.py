@@ -90,6 +90,28 @@ class ClientConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class CacheConfig:
+    """Answers of a teacher that are kept on disk, so that each is asked for once.
+
+    Attributes:
+        folder: where they are; several runs may share it. Empty: none are kept.
+        max_bytes: of the folder; beyond it the files that nobody used for longest go. 0: no bound.
+        drift_share: of the answers found, the part that the teacher is asked for again.
+        drift_limit: by how many nats a log-probability may differ then, before the run stops.
+        offline: ask nobody, load no weights; stop where an answer is missing.
+        revision: name of the teacher's weights among the answers, where its server does not tell,
+            or where answers of several are there and it is offline.
+    """
+
+    folder: str = ""
+    max_bytes: NonNegative = 0
+    drift_share: Share = 0.01
+    drift_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
+    offline: bool = False
+    revision: Annotated[str, Field(max_length=200)] = ""
+
+
+@dataclass(frozen=True, config=STRICT)
 class TeacherConfig:
     """The model that scores. Fields as in `[student]`; empty `model` and `url`: there is none.
 
@@ -115,6 +137,7 @@ class TeacherConfig:
             measurements of how far they disagree; 0: never. One costs a pass of every teacher over
             the rows of the step, and as many gradients of the objective as there are teachers.
         client: how patient and how greedy the client is.
+        cache: whether its answers are kept, and where.
     """
 
     model: str = ""
@@ -135,7 +158,13 @@ class TeacherConfig:
     keep: Literal["device", "host", "disk"] = "device"
     conflict_every: NonNegative = 50
     client: ClientConfig = field(default_factory=ClientConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
+
+SERVED_ALONE = ("protocol", "served_name", "key_env", "reply", "local_copy")
+LOADED_ALONE = ("dtype", "revision", "keep")
+"""Keys of a teacher's table that say something only where it is asked at a url, or loaded here; a
+local copy is loaded too."""
 
 OTHER_TEACHER = "teacher."
 """What the views of further teachers are called: `teacher.NAME` is scored by `[teachers.NAME]`."""
@@ -349,10 +378,36 @@ class LogConfig:
     Attributes:
         trackers: any of tensorboard, wandb, trackio; each needs its extra.
         samples_per_step: responses written to samples.jsonl per step.
+        token_share: share of the responses whose tokens are written to tokens/, for `opd query`;
+            0: none, 1: all.
     """
 
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     samples_per_step: NonNegative = 2
+    token_share: Share = 0.1
+
+
+@dataclass(frozen=True, config=STRICT)
+class MonitorConfig:
+    """What a run watches of itself, and what an alarm does.
+
+    Attributes:
+        on: measure the monitors of every step; false: neither monitors nor alarms.
+        every: steps between two looks at whole distributions of student and teacher; 0: never.
+        responses: of a step that a look is at, at most.
+        on_alarm: `log` tells of it, `stop` ends the run after a checkpoint, `act` does what `act`
+            says.
+        act: with `on_alarm = "act"`, by alarm what it does: `log`, `stop`, or `lower_rate`, which
+            halves the learning rate for the rest of the phase, once. Those that are not named log.
+        off: alarms that are not given, by their names in `opd list alarms`.
+    """
+
+    on: bool = True
+    every: NonNegative = 5
+    responses: Positive = 8
+    on_alarm: Literal["log", "stop", "act"] = "log"
+    act: dict[str, Literal["log", "stop", "lower_rate"]] = field(default_factory=dict)
+    off: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -394,6 +449,7 @@ class RunConfig:
     critic: CriticConfig = field(default_factory=CriticConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
     name: str = ""
     output: str = "runs"
@@ -493,6 +549,7 @@ def from_tree(tree: Mapping[str, Any], *, source: str = "<python>") -> RunConfig
     check_names(config, source)
     check_teacher_tables(config, source)
     check_declared(config.check, source)
+    check_alarms(config.monitor, source)
     lora, model = config.student.lora, config.student.model
     if lora.r and not lora.merge and model.startswith("builtin:"):
         raise ConfigError(
@@ -522,9 +579,46 @@ def check_teacher_tables(config: RunConfig, source: str) -> None:
             raise ConfigError(
                 f"{source}: {name}.url = {table.url!r} must begin with http:// or https://"
             )
-        if not table.url and (table.local_copy or table.served_name):
+        _check_place(table, name, source)
+        _check_cache(table.cache, name, source)
+    _check_shared_folders(tables, source)
+
+
+def _check_place(table: TeacherConfig, name: str, source: str) -> None:
+    """Keys about a teacher elsewhere where it is here, or the other way round."""
+    alone: tuple[str, ...] = SERVED_ALONE
+    where = "at a url, and this one has none"
+    if table.url:
+        alone = ("keep",) if table.local_copy else LOADED_ALONE
+        where = "that is loaded here, and this one is asked at a url"
+    for key in alone:
+        if getattr(table, key) != getattr(TeacherConfig, key):
             raise ConfigError(
-                f"{source}: {name} has no url, so local_copy and served_name say nothing"
+                f"{source}: {name}.{key} = {getattr(table, key)!r} is about a teacher {where}; "
+                "leave it out"
+            )
+
+
+def _check_cache(cache: CacheConfig, name: str, source: str) -> None:
+    if not cache.folder and cache != CacheConfig():
+        raise ConfigError(
+            f"{source}: [{name}.cache] names no folder, so its other keys say nothing; name the "
+            f"folder that holds the answers as {name}.cache.folder"
+        )
+
+
+def _check_shared_folders(tables: Mapping[str, TeacherConfig], source: str) -> None:
+    """One folder has one bound."""
+    bounds: dict[str, tuple[str, int]] = {}
+    for name, table in tables.items():
+        cache = table.cache
+        folder = str(Path(cache.folder))
+        first, bound = bounds.setdefault(folder, (name, cache.max_bytes))
+        if cache.folder and cache.max_bytes != bound:
+            raise ConfigError(
+                f"{source}: {first}.cache and {name}.cache share the folder {cache.folder!r}, and "
+                f"max_bytes is {bound} in the one and {cache.max_bytes} in the other; a folder has "
+                "one bound"
             )
 
 
@@ -537,17 +631,18 @@ def _check_route(config: RunConfig, source: str) -> None:
                     f"{source}: teachers.{name}.{key} = {getattr(table, key)!r}: {key} belongs to "
                     f"[teacher] alone; set teacher.{key}"
                 )
-        if not (table.model or table.url):
+        if not (table.model or table.url or table.cache.offline):
             raise ConfigError(
                 f"{source}: [teachers.{name}] has neither a model nor a url; name one of them"
             )
-        if table.url and table.keep != "device":
-            raise ConfigError(
-                f"{source}: teachers.{name}.keep = {table.keep!r} is about weights in this "
-                "process, and this teacher is asked at a url; leave it out"
-            )
     if not own.route:
         return
+    if own.cache.folder:
+        raise ConfigError(
+            f"{source}: teacher.route = {own.route!r} and teacher.cache.folder = "
+            f"{own.cache.folder!r}: with a route the answers are those of the teachers it goes to; "
+            "give each of them a [teachers.NAME.cache]"
+        )
     for key in ("model", "url", "keep"):
         if getattr(own, key) != getattr(TeacherConfig, key):
             raise ConfigError(
@@ -610,6 +705,37 @@ def check_declared(config: CheckConfig, source: str) -> None:
             raise ConfigError(
                 f"{source}: check.declared: {name!r} is a rule of level {levels[name]!r}, which "
                 "takes no declaration; leave it out"
+            )
+
+
+def check_alarms(config: MonitorConfig, source: str) -> None:
+    """Refuse an alarm that does not exist, and an action that would never happen."""
+    if config.act and config.on_alarm != "act":
+        raise ConfigError(
+            f"{source}: monitor.act says what alarms do, and monitor.on_alarm is "
+            f'{config.on_alarm!r}; set on_alarm = "act" or leave act out'
+        )
+    if config.on_alarm == "act" and not config.act:
+        raise ConfigError(
+            f'{source}: monitor.on_alarm = "act" and [monitor.act] names no alarm; name what is to '
+            'be done, such as length_inflation = "lower_rate"'
+        )
+    if not (config.act or config.off):
+        return
+    from opd.catalog import alarms
+
+    known = alarms()
+    named = {"act": tuple(config.act), "off": config.off}
+    for key, names in named.items():
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"{source}: monitor.{key}: {name!r} is no alarm. {nearest(name, known)}"
+                )
+    for name in config.act:
+        if name in config.off:
+            raise ConfigError(
+                f"{source}: monitor.act and monitor.off both name {name!r}; keep one of the two"
             )
 
 

@@ -13,7 +13,8 @@ from opd.head.visit import budget_on
 from opd.training.config import OTHER_TEACHER, RunConfig
 from opd.training.facts import ModelFacts
 from opd.training.plan import is_scored, reply_is_distribution
-from opd.training.session import Phase, micro_batch_tokens
+from opd.training.session import Phase
+from opd.training.teachers import micro_batch_tokens
 from opd.types import TeacherView
 
 # What a layer keeps for its backward pass, per token and hidden unit in a 16-bit dtype, when

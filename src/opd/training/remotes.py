@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 
-from opd.errors import ConfigError, OpdError
+from opd.errors import ConfigError, DataError, OpdError
 from opd.models import LoadedModel
 from opd.objective import Objective
 from opd.teacher.connection import ConnectionSettings
+from opd.teacher.context import SIBLING, ContextEncoder, after_rollout, stand_in
 from opd.teacher.hosted_endpoint import HostedEndpoint
 from opd.teacher.identity import identity_without_weights
 from opd.teacher.opd_endpoint import OpdEndpoint
@@ -19,7 +20,7 @@ from opd.teacher.sglang_endpoint import SglangEndpoint
 from opd.teacher.vllm_endpoint import VllmEndpoint
 from opd.training.config import TeacherConfig
 from opd.training.plan import AskedEntries, asked_entries
-from opd.types import Need, Prompt
+from opd.types import Need, Prompt, TeacherView
 
 ECHO = {"hosted": "", "hosted-echo": "text", "hosted-echo-ids": "ids"}
 """Protocols of hosted completions, and how such an endpoint names the tokens of an echo."""
@@ -138,6 +139,8 @@ def try_teacher(
     *,
     student: LoadedModel,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    longest_prompt: int = 0,
+    max_new_tokens: int = 0,
     merge_stop_ids: bool = False,
     local_copy: LoadedModel | None = None,
 ) -> Preflight:
@@ -146,6 +149,7 @@ def try_teacher(
     Args:
         student: its tokenizer and end tokens; the weights need not be there.
         texts: token ids of prompts and of what follows them.
+        longest_prompt, max_new_tokens: of the run, as in `Trial`.
     """
     own = identity_without_weights(student)
     try:
@@ -162,10 +166,42 @@ def try_teacher(
         columns=entries.student_k + entries.own_token if entries else 0,
         temperature=objective.temperature,
         merge_ids=(ends,) if merge_stop_ids and len(ends) > 1 else (),
+        longest_prompt=longest_prompt,
+        max_new_tokens=max_new_tokens,
     )
     return preflight(
         endpoint, trial, student=own, merge_stop_ids=merge_stop_ids, local_copy=local_copy
     )
+
+
+def longest_read(
+    name: str,
+    views: Sequence[TeacherView],
+    prompts: Sequence[Prompt],
+    encoder: ContextEncoder,
+    *,
+    max_new_tokens: int,
+) -> int:
+    """Tokens of the longest of what a served teacher reads before a response.
+
+    Args:
+        name: of the teacher, as views name it.
+        views: of the run; those with a context read that in place of the prompt.
+        prompts: the records, or some of an endless source.
+        max_new_tokens: of a response, which a context may quote.
+    """
+    found = [max((len(prompt.prompt_ids) for prompt in prompts), default=0)]
+    for view in views:
+        if view.source != "teacher" or not view.context or view.name not in (name, "teacher"):
+            continue
+        told = [stand_in(prompt, view.context) for prompt in prompts]
+        quoted = max_new_tokens if SIBLING in after_rollout(view.context) else 0
+        try:
+            read = encoder.encode(prompts, view, told)
+        except DataError:  # what is wrong with a context is said where contexts are checked
+            continue
+        found.append(max(map(len, read), default=0) + quoted)
+    return max(found)
 
 
 def trial_texts(prompts: Sequence[Prompt]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

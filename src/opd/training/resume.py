@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from opd.errors import ConfigError
@@ -11,9 +12,10 @@ from opd.training.config import Run, from_tree, load, to_json
 from opd.training.folder import RunFolder
 
 FINISHED = "finished"
-MAY_DIFFER = ("output", "name")
+MAY_DIFFER = ("output", "name", "monitor")
+"""Of what a run says and watches; nothing that it learns from, unless an alarm acts."""
 WHERE_A_TEACHER_IS = ("url", "key_env", "client")
-"""Of a teacher's table: what decides nothing that it says."""
+"""Of a served teacher's table: what decides nothing that it says."""
 
 
 def last_checkpoint(folder: RunFolder, run: Run) -> Checkpoint | None:
@@ -39,11 +41,33 @@ def last_checkpoint(folder: RunFolder, run: Run) -> Checkpoint | None:
     return found[-1] if found else None
 
 
+def check_revisions(
+    folder: RunFolder, checkpoint: Checkpoint, revisions: Mapping[str, str]
+) -> None:
+    """Refuse served teachers that have other weights than when the checkpoint was written.
+
+    Args:
+        revisions: of the teachers, by view, as their servers say.
+
+    Raises:
+        ConfigError: names the teacher.
+    """
+    before = checkpoint.state.get("teachers", {})
+    for view, revision in revisions.items():
+        if before.get(view, revision) != revision:
+            raise ConfigError(
+                f"{folder.path} was begun with the weights {before[view]} behind the view "
+                f"{view!r}, and its server now has {revision}; serve the same weights, or start a "
+                "new run"
+            )
+
+
 def _check_config(folder: RunFolder, wrote: dict[str, Any], now: dict[str, Any]) -> None:
     for config in (wrote, now):
         for key in MAY_DIFFER:
             del config[key]
         for table in (config["teacher"], *config["teachers"].values()):
+            del table["cache"]  # where answers are kept decides nothing that they say
             if table["url"]:
                 table.update(dict.fromkeys(WHERE_A_TEACHER_IS, "elsewhere"))
     different = first_difference(wrote, now)

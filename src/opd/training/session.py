@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,59 +13,34 @@ from opd.data.settings import PromptSettings
 from opd.data.verifiers import resolve_verifier
 from opd.errors import ConfigError, DataError, TeacherError
 from opd.fields import positional_names
-from opd.models import (
-    LoadedModel,
-    LoraSettings,
-    check_same_vocabulary,
-    load_model,
-    resolve_device,
-    scoring_dtype,
-)
+from opd.models import LoadedModel, LoraSettings, load_model, resolve_device
 from opd.objective import Method
 from opd.rollout.local import LocalSampler
 from opd.spec import method_from_tree
 from opd.student import Student
 from opd.teacher.context import ContextEncoder
 from opd.teacher.local import LocalTeacher
-from opd.teacher.query import Described, Endpoint
-from opd.teacher.remote import RemoteTeacher
 from opd.teacher.routed import RoutedTeacher, Router
-from opd.teacher.turns import (
-    DiskModel,
-    HostModel,
-    Turns,
-    TurnSampler,
-    TurnTeacher,
-)
-from opd.training.config import (
-    OTHER_TEACHER,
-    DataConfig,
-    OptimizerConfig,
-    Run,
-    RunConfig,
-    TeacherConfig,
-)
+from opd.teacher.turns import Turns, TurnTeacher
+from opd.training.caches import behind, not_there
+from opd.training.config import DataConfig, OptimizerConfig, Run, RunConfig
 from opd.training.conflict import Rivals, find_rivals, why_not_measured
-from opd.training.plan import AskedEntries, Plan, asked_entries, make_plan
+from opd.training.plan import AskedEntries, Plan, make_plan
 from opd.training.privilege import HeldOut, check_context, check_told, held_out
-from opd.training.remotes import (
-    check_described,
-    entries_of,
-    open_endpoint,
-    remote_teacher,
-    trial_texts,
-    try_teacher,
+from opd.training.remotes import longest_read, trial_texts, try_teacher
+from opd.training.teachers import (
+    Served,
+    Teachers,
+    check_routes,
+    entries_by_view,
+    ids_to_merge,
+    micro_batch_tokens,
+    open_teachers,
+    scorers,
+    shared_tokens,
 )
 from opd.training.trackers import check_trackers
-from opd.types import (
-    Prompt,
-    Provenance,
-    Sampler,
-    SamplerSettings,
-    Teacher,
-    Verifier,
-    with_parts,
-)
+from opd.types import Prompt, Sampler, SamplerSettings, Teacher, Verifier
 
 
 @dataclass(frozen=True)
@@ -101,6 +75,7 @@ class Session:
     special_ids: tuple[int, ...]
     merge_ids: tuple[tuple[int, ...], ...]
     device: torch.device
+    opened: Teachers
     context_encoder: ContextEncoder
     held_out: HeldOut | None = None
     router: Router | None = None
@@ -145,25 +120,35 @@ def open_session(
     _keep_freed_memory()
     method = method or build_method(run)
     student = student or load_student(run, device)
-    router = find_router(run)
-    turns = Turns()
-    source = _teacher(run, teacher, device, method)
-    further = _further_teachers(run, method, device)
+    teachers = open_teachers(run, teacher, device, method)
+    try:
+        return _open_session(run, student, teachers, prompts, method, verifier, device)
+    except BaseException:
+        teachers.close()
+        raise
+
+
+def _open_session(
+    run: Run,
+    student: LoadedModel,
+    teachers: Teachers,
+    prompts: Sequence[Any] | None,
+    method: Method,
+    verifier: Verifier | None,
+    device: torch.device,
+) -> Session:
+    config = run.config
     merged = config.method.merge_stop_ids
-    described = [
-        one
-        for one in (source, *further.values())
-        if isinstance(one, LoadedModel | Served | HostModel | DiskModel)
-    ]
     vocab_size = min(
-        (_shared_tokens(student, one, merge_stop_ids=merged) for one in described),
+        (shared_tokens(student, one, merge_stop_ids=merged) for one in teachers.opened),
         default=student.vocab_size,
     )
-    merge_ids = _merge_ids(config, student, described)
+    merge_ids = ids_to_merge(config, student, teachers.opened)
     module = Student(student, vocab_size=vocab_size)
     _check_trainable(module)
     phases = make_phases(config, method, merge_ids)
-    teachers = _scorers(config, phases[-1], source, module, device, further, router, turns)
+    method, plan = phases[-1].method, phases[-1].plan
+    views = scorers(teachers, config, method, plan, module, device)
     splits = load_run_prompts(run, student, prompts, phases)
     chosen = verifier or find_verifier(run, *splits)
     session = Session(
@@ -172,9 +157,9 @@ def open_session(
         student=module,
         # samplers draw from the tokens that are compared, so that their policy is the student's
         student_sampler=LocalSampler(replace(student, vocab_size=vocab_size)),
-        teacher_sampler=_teacher_sampler(source, vocab_size, turns),
-        teachers=teachers,
-        entries=_asked_entries(phases[-1], teachers, config),
+        teacher_sampler=teachers.sampler(vocab_size),
+        teachers=views,
+        entries=entries_by_view(views, config, method, plan),
         train_prompts=splits[0],
         validation=splits[1],
         test=splits[2],
@@ -188,28 +173,23 @@ def open_session(
         context_encoder=ContextEncoder(
             student.tokenizer, prompt_settings(config.data, with_responses=False)
         ),
-        router=router,
-        teacher_samplers=_routed_samplers(further, vocab_size, turns) if router else {},
-        turns=turns,
+        router=teachers.router,
+        teacher_samplers=teachers.routed_samplers(vocab_size),
+        turns=teachers.turns,
+        opened=teachers,
     )
     session.rivals = _rivals(session)
     _check_contexts(session)
     session.held_out = _held_out(session)
-    if router is not None:
-        check_routes(router, some_prompts(session.train_prompts))
+    if session.router is not None:
+        check_routes(session.router, some_prompts(session.train_prompts))
     session.notes += _notes(session)
     _check_writers(session)
-    for name, one in {"teacher": source, **further}.items():
-        if isinstance(one, Served):
-            session.notes += _tried(session, name, one)
+    for view, served in teachers.served.items():
+        session.notes += _tried(session, view, served)
     known = [session.train_prompts, session.validation, session.test, *session.sets.values()]
     check_positions(positions(student.model), longest_prompt(known), config.sampler.max_new_tokens)
     return session
-
-
-def micro_batch_tokens(setting: int, device: torch.device) -> int:
-    """Padded tokens per micro-batch: the setting, or where it is 0 what suits the device."""
-    return setting or (2048 if device.type == "cpu" else 16384)
 
 
 def _keep_freed_memory() -> None:
@@ -255,32 +235,6 @@ def load_student(run: Run, device: torch.device) -> LoadedModel:
         revision=config.revision or None,
         seed=run.config.seed,
     )
-
-
-def load_teacher(
-    run: Run,
-    device: torch.device,
-    config: TeacherConfig | None = None,
-    *,
-    where: torch.device | None = None,
-) -> LoadedModel:
-    """The teacher of the run file, or another of its teachers, its weights frozen.
-
-    Args:
-        device: where it works.
-        where: where its weights are loaded to; there if not given.
-    """
-    config = config or run.config.teacher
-    loaded = load_model(
-        run.path(config.model),
-        dtype=scoring_dtype(config.dtype, device),
-        device=str(where or device),
-        trust_remote_code=config.trust_remote_code,
-        allow_pickle=config.allow_pickle,
-        revision=config.revision or None,
-    )
-    loaded.model.requires_grad_(False)
-    return loaded
 
 
 def sampler_settings(config: RunConfig) -> SamplerSettings:
@@ -333,15 +287,6 @@ def make_phases(
     return tuple(phases)
 
 
-@dataclass(frozen=True)
-class Served:
-    """A teacher that is asked at a url."""
-
-    endpoint: Endpoint
-    described: Described
-    config: TeacherConfig
-
-
 def _tried(session: Session, view: str, served: Served) -> list[str]:
     """Ask a served teacher about two texts, before anything is trained on what it says.
 
@@ -352,6 +297,8 @@ def _tried(session: Session, view: str, served: Served) -> list[str]:
         TeacherError: what is wrong.
     """
     phase, config = session.phases[-1], session.config
+    prompts, new = some_prompts(session.train_prompts), config.sampler.max_new_tokens
+    encoder = session.context_encoder
     found = try_teacher(
         served.endpoint,
         served.config,
@@ -359,234 +306,14 @@ def _tried(session: Session, view: str, served: Served) -> list[str]:
         phase.plan.needs,
         view,
         student=session.student.loaded,
-        texts=trial_texts(some_prompts(session.train_prompts)),
+        texts=trial_texts(prompts),
+        longest_prompt=longest_read(view, phase.plan.views, prompts, encoder, max_new_tokens=new),
+        max_new_tokens=new,
         merge_stop_ids=config.method.merge_stop_ids,
     )
     if found.errors:
         raise TeacherError("; ".join(found.errors))
     return [f"{served.endpoint.name}: {note}" for note in found.notes]
-
-
-Opened = LoadedModel | Served | HostModel | DiskModel
-"""A teacher of the run file: a model here, one elsewhere, or one that comes in its turn."""
-
-Source = Opened | Teacher
-"""Where scores come from: a teacher of the run file, or an object in hand."""
-
-
-def _teacher(run: Run, given: Source | None, device: torch.device, method: Method) -> Source | None:
-    config = run.config
-    if given is not None:
-        if config.teacher.route:
-            raise ConfigError(
-                f"{run.source}: teacher.route = {config.teacher.route!r} goes to the models of "
-                "[teachers.NAME], and a teacher in hand was given beside them; leave one out"
-            )
-        return given
-    if config.teacher.route:
-        return None
-    wanted = (
-        asks_the_teacher(method, config.teachers)
-        or method.states.teacher_writes
-        or (config.warmup.steps > 0 and config.warmup.source == "teacher")
-    )
-    if config.teacher.model or config.teacher.url:
-        return _opened(run, "teacher", config.teacher, device)
-    if wanted:
-        raise ConfigError(
-            f"{run.source}: the method {method.name!r} needs a teacher; set teacher.model to a "
-            "folder or a Hugging Face id, or teacher.url to a server"
-        )
-    return None
-
-
-def _opened(run: Run, name: str, config: TeacherConfig, device: torch.device) -> Opened:
-    if not config.url and config.keep == "host":
-        here = load_teacher(run, device, config, where=torch.device("cpu"))
-        return HostModel(here, device)
-    if not config.url and config.keep == "disk":
-        return DiskModel(partial(load_teacher, run, device, config))
-    if not config.url:
-        return load_teacher(run, device, config)
-    endpoint = open_endpoint(name, config)
-    return Served(endpoint, endpoint.describe(), config)
-
-
-def _shared_tokens(student: LoadedModel, source: Opened, *, merge_stop_ids: bool) -> int:
-    if isinstance(source, Served):
-        return check_described(
-            student, source.described, source.endpoint.name, merge_stop_ids=merge_stop_ids
-        )
-    return check_same_vocabulary(student, _facts(source), merge_stop_ids=merge_stop_ids)
-
-
-def _facts(source: LoadedModel | HostModel | DiskModel) -> LoadedModel:
-    """What is known of a model in this process, its weights aside."""
-    return source if isinstance(source, LoadedModel) else source.facts
-
-
-def asks_the_teacher(method: Method, teachers: Collection[str] = ()) -> bool:
-    """Whether the objective compares with the run's teacher model, itself or as a part.
-
-    Args:
-        teachers: names of further teachers, which answer for their own views.
-    """
-    return any(
-        view.source == "teacher" and view.name.removeprefix(OTHER_TEACHER) not in teachers
-        for view in with_parts(method.objective.views(), method.views)
-    )
-
-
-def find_router(run: Run) -> Router | None:
-    """Whom `teacher.route` sends a prompt to; None where the run file has no route.
-
-    Raises:
-        ConfigError: a function that is not there.
-    """
-    route = run.config.teacher.route
-    return Router(route, tuple(run.config.teachers), run.base) if route else None
-
-
-def check_routes(router: Router, prompts: Sequence[Prompt]) -> None:
-    """Refuse a record that is routed to nobody.
-
-    Raises:
-        DataError: names the record and what its route says.
-    """
-    for prompt in prompts:
-        router(prompt)
-
-
-def check_teachers(run: Run, method: Method) -> None:
-    """Refuse a further teacher that no view asks, a route that none takes, and a combination of one
-    model with itself.
-
-    Raises:
-        ConfigError: names the table and the views there are.
-    """
-    views = {view.name: view for view in with_parts(method.objective.views(), method.views)}
-    asked = [name for name, view in views.items() if view.source == "teacher"]
-    named, route = run.config.teachers, run.config.teacher.route
-    if route and all(name.removeprefix(OTHER_TEACHER) in named for name in asked):
-        raise ConfigError(
-            f"{run.source}: teacher.route = {route!r} says who scores the view 'teacher', which "
-            f"{method.name!r} does not ask; it asks: {', '.join(sorted(asked)) or 'no teacher'}. "
-            "Leave the route out"
-        )
-    for name in named:
-        if OTHER_TEACHER + name not in asked and not route:
-            raise ConfigError(
-                f"{run.source}: [teachers.{name}] scores the view 'teacher.{name}', which "
-                f"{method.name!r} does not ask; it asks: {', '.join(sorted(asked)) or 'no teacher'}"
-            )
-    for view in views.values():
-        seen: dict[object, str] = {}
-        for part, _ in view.parts:
-            whose = views.get(part)
-            if whose is None or whose.parts:
-                continue
-            name = part.removeprefix(OTHER_TEACHER)
-            read = (whose.context, whose.context_role, whose.chat_template_kwargs)
-            told = (whose.source, read, whose.decay, named.get(name))
-            if told in seen:
-                missing = name if name not in named else seen[told].removeprefix(OTHER_TEACHER)
-                raise ConfigError(
-                    f"{run.source}: the view {view.name!r} combines {seen[told]!r} and {part!r}, "
-                    "which are the same model reading the same text, so they are one distribution; "
-                    f"name the other model in [teachers.{missing}]"
-                )
-            seen[told] = part
-
-
-def _further_teachers(run: Run, method: Method, device: torch.device) -> dict[str, Opened]:
-    """The models of `[teachers.NAME]`, by the views that they score."""
-    check_teachers(run, method)
-    return {
-        OTHER_TEACHER + name: _opened(run, name, config, device)
-        for name, config in run.config.teachers.items()
-    }
-
-
-def _scorers(
-    config: RunConfig,
-    phase: Phase,
-    source: Source | None,
-    student: Student,
-    device: torch.device,
-    further: Mapping[str, Opened],
-    router: Router | None,
-    turns: Turns,
-) -> dict[str, Teacher]:
-    """Who scores the views of the teacher and of the live student; others join with the phase."""
-    teachers: dict[str, Teacher] = {}
-    named = {
-        view: _scorer(
-            own,
-            student.vocab_size,
-            micro_batch_tokens(
-                config.teachers[view.removeprefix(OTHER_TEACHER)].max_tokens
-                or config.teacher.max_tokens,
-                device,
-            ),
-            turns,
-        )
-        for view, own in further.items()
-    }
-    routed = router and RoutedTeacher(
-        {view.removeprefix(OTHER_TEACHER): teacher for view, teacher in named.items()}, router
-    )
-    own_tokens = micro_batch_tokens(config.train.max_tokens, device)
-    max_tokens = micro_batch_tokens(config.teacher.max_tokens, device)
-    for view in phase.plan.views:
-        if view.source == "student" and view.context:
-            teachers[view.name] = LocalTeacher(
-                student.loaded, vocab_size=student.vocab_size, max_tokens=own_tokens
-            )
-        elif view.source == "teacher":
-            if view.name in named:
-                teachers[view.name] = named[view.name]
-            elif routed:
-                teachers[view.name] = routed
-            elif source is not None:
-                teachers[view.name] = _scorer(source, student.vocab_size, max_tokens, turns)
-    for need in phase.plan.needs:
-        teacher = teachers.get(need.view)
-        if teacher is not None and not teacher.can(need):
-            raise TeacherError(
-                f"the view {need.view!r} cannot give {need.field!r} on {need.support!r}, which "
-                f"{phase.method.name!r} needs; choose another method or teacher"
-            )
-    return teachers
-
-
-def _scorer(source: Source, vocab_size: int, max_tokens: int, turns: Turns) -> Teacher:
-    if isinstance(source, LoadedModel):
-        return LocalTeacher(source, vocab_size=vocab_size, max_tokens=max_tokens)
-    if isinstance(source, HostModel | DiskModel):
-        return TurnTeacher(source, turns, vocab_size=vocab_size, max_tokens=max_tokens)
-    if isinstance(source, Served):
-        return remote_teacher(source.endpoint, source.config, vocab_size=vocab_size)
-    return source
-
-
-def _teacher_sampler(source: Source | None, vocab_size: int, turns: Turns) -> Sampler | None:
-    """Who writes as a teacher; None of one that only scores."""
-    if isinstance(source, LoadedModel):
-        return LocalSampler(replace(source, vocab_size=vocab_size), provenance=Provenance.TEACHER)
-    if isinstance(source, HostModel | DiskModel):
-        return TurnSampler(source, turns, vocab_size=vocab_size)
-    return None
-
-
-def _routed_samplers(
-    further: Mapping[str, Opened], vocab_size: int, turns: Turns
-) -> dict[str, Sampler]:
-    """Routed teachers that can show what they know, by name."""
-    found = {
-        view.removeprefix(OTHER_TEACHER): _teacher_sampler(source, vocab_size, turns)
-        for view, source in further.items()
-    }
-    return {name: sampler for name, sampler in found.items() if sampler is not None}
 
 
 def _rivals(session: Session) -> Rivals | None:
@@ -595,79 +322,15 @@ def _rivals(session: Session) -> Rivals | None:
     rivals = find_rivals(phase.method, phase.plan, session.teachers)
     if rivals is None or not session.config.teacher.conflict_every:
         return None
+    if absent := not_there(rivals.teachers.values()):
+        session.notes.append(
+            f"the conflict of the teachers is not measured: {absent[0]} is offline"
+        )
+        return None
     if reason := why_not_measured(rivals):
         session.notes.append(reason)
         return None
     return rivals
-
-
-def _asked_entries(
-    phase: Phase, teachers: Mapping[str, Teacher], config: RunConfig
-) -> dict[str, AskedEntries]:
-    """What the served views say of single tokens, where they do not hand out hidden states."""
-    found = {}
-    for view, teacher in teachers.items():
-        entries: AskedEntries | None = None
-        if isinstance(teacher, RemoteTeacher):
-            own = config.teachers.get(view.removeprefix(OTHER_TEACHER), config.teacher)
-            entries = entries_of(teacher, own, phase.method.objective, phase.plan.needs, view)
-        elif isinstance(teacher, RoutedTeacher):
-            entries = _entries_of_all(teacher.teachers, view, phase, config)
-        if entries is not None:
-            found[view] = entries
-    return found
-
-
-def _entries_of_all(
-    teachers: Mapping[str, Teacher], view: str, phase: Phase, config: RunConfig
-) -> AskedEntries | None:
-    """What routed teachers are asked of single tokens, all of them or none.
-
-    Where one has to answer by entries, or does because they are fewer bytes, the others do too.
-
-    Raises:
-        ConfigError: one can do only the one, and another only the other.
-    """
-    objective, needs = phase.method.objective, phase.plan.needs
-    served = {name: each for name, each in teachers.items() if isinstance(each, RemoteTeacher)}
-    by_entries = {
-        name: entries_of(teacher, config.teachers[name], objective, needs, view) is not None
-        for name, teacher in served.items()
-    }
-    if not any(by_entries.values()):
-        return None
-    first = next(name for name, is_so in by_entries.items() if is_so)
-    for name, teacher in served.items():
-        own = config.teachers[name]
-        try:
-            if own.reply == "hidden":
-                raise ConfigError(f"teachers.{name}.reply = 'hidden'")
-            entries_of(teacher, replace(own, reply="entries"), objective, needs, view)
-        except ConfigError as error:
-            raise ConfigError(
-                f"the view {view!r} is routed to {first!r}, which answers by entries, and to "
-                f"{name!r}, which cannot: {error}. One reply goes into the other's rows, so all of "
-                "them answer in the same form; give them the same `reply`"
-            ) from None
-    return asked_entries(objective, needs, view)
-
-
-def _merge_ids(
-    config: RunConfig, student: LoadedModel, teachers: Sequence[Opened]
-) -> tuple[tuple[int, ...], ...]:
-    if not config.method.merge_stop_ids:
-        return ()
-    of_teachers = (
-        ids
-        for teacher in teachers
-        for ids in (
-            teacher.described.special.get("eos", ())
-            if isinstance(teacher, Served)
-            else _facts(teacher).eos_ids
-        )
-    )
-    ids = list(dict.fromkeys((*student.eos_ids, *of_teachers)))
-    return (tuple(ids),) if len(ids) > 1 else ()
 
 
 def prompt_settings(data: DataConfig, *, with_responses: bool) -> PromptSettings:
@@ -800,7 +463,8 @@ def _check_contexts(session: Session) -> None:
             scorers: list[Teacher | None] = [scorer]
             if isinstance(scorer, RoutedTeacher):
                 scorers = [*scorer.teachers.values()]
-            own = [one.loaded for one in scorers if isinstance(one, LocalTeacher | TurnTeacher)]
+            asked = [behind(one) for one in scorers if one is not None]
+            own = [one.loaded for one in asked if isinstance(one, LocalTeacher | TurnTeacher)]
             limits = [positions(each.model) for each in own or [session.student.loaded]]
             check_context(
                 view,

@@ -290,17 +290,27 @@ def veto(world: World, *, share: float = 0.5, reverse: bool = False) -> Tensor:
 
 
 def deepseek_v4(world: World, *, weights: Mapping[str, float]) -> Tensor:
-    """sum_k w_k KL(s || t_k) at every token, over the whole vocabulary.
+    """Weighted sum of the reverse KLs to several experts, on text the student wrote itself.
 
-    Source: DeepSeek-V4, arXiv:2606.19348, as secondary notes give it.
+    L(theta) = sum_{i=1..N} w_i KL(pi_theta || pi_Ei), with
+    KL(pi_theta || pi_Ei) the average over the student's own tokens y_t of
+    sum over all v of pi_theta(v | x, y_<t) (log pi_theta(v | x, y_<t) - log pi_Ei(v | x, y_<t)).
+    The w_i are taken as given: the source does not make them sum to one.
+    Source: DeepSeek-V4, arXiv:2606.19348, eq. 29 of section 5.1.2 (exact over the whole
+    vocabulary; how tokens are averaged is not stated).
     """
-    losses: dict[Place, Tensor] = {}
-    for b, t in world.places():
-        losses[b, t] = world.student.new_zeros(())
-        for view, weight in weights.items():
-            log_t = world.log_view(b, t, view).detach()
-            losses[b, t] = losses[b, t] + weight * _kl(world.log_student(b, t), log_t)
-    return world.average(losses)
+    loss = world.student.sum() * 0.0
+    for expert, w in weights.items():
+        divergence: dict[Place, Tensor] = {}
+        for b, t in world.places((STUDENT,)):
+            log_pi = world.log_student(b, t)
+            log_expert = world.log_view(b, t, expert).detach()
+            total = log_pi.new_zeros(())
+            for v in range(log_pi.shape[0]):
+                total = total + log_pi[v].exp() * (log_pi[v] - log_expert[v])
+            divergence[b, t] = total
+        loss = loss + w * world.average(divergence, (STUDENT,))
+    return loss
 
 
 def exopd(world: World, *, extrapolation: float = 1.25, cap: float = 5.0) -> Tensor:
