@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 OURS = "opd"
-PACKAGES = ("opd", "torch", "transformers", "trl", "liger-kernel", "numpy")
+PACKAGES = ("opd", "torch", "transformers", "trl", "liger-kernel", "numpy", "pyarrow", "duckdb")
 
 
 # --------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def test_the_page_of_the_run_file_has_every_key_with_its_default() -> None:
     config = dataclasses.asdict(from_tree({"student": {"model": ""}, "data": {"prompts": ""}}))
     assert config.pop("teachers") == {}  # a section per name, with the keys of [teacher]
     tables = {name: values for name, values in config.items() if isinstance(values, dict)}
-    inner = {("student", "lora"), ("teacher", "client")}
+    inner = {("student", "lora"), ("teacher", "client"), ("teacher", "cache")}
     tables |= {f"{outer}.{name}": tables[outer].pop(name) for outer, name in inner}
     assert set(sections) == set(tables)
     for section, values in tables.items():
@@ -489,9 +489,14 @@ def test_the_page_of_the_run_folder_names_every_key_and_metric(finished: Path) -
     named |= {part for event in events for part in event.get("seconds", {})}
     named |= set(json.loads((finished / "summary.json").read_text()))
     metrics = {name for event in events for name in event.get("metrics", {})}
-    named |= {re.sub("^(loss|advantage)/.*", r"\1/TERM", name) for name in metrics}
+    monitors = {name for name in metrics if name.startswith("monitor/")}
+    named |= {re.sub("^(loss|advantage)/.*", r"\1/TERM", name) for name in metrics - monitors}
     for name in named:
         assert f"`{name}`" in page or f'"{name}"' in page, name
+    alarms = (ROOT / "docs/alarms.md").read_text()
+    for name in monitors:
+        plain = re.sub("/(first|middle|last|right|wrong)$", "", name)
+        assert f"`{plain}`" in alarms, name
 
 
 def test_the_page_of_the_run_folder_reads_its_own_events(finished: Path) -> None:

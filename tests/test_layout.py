@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedule": {"errors"},
     "fields": set(),
     "catalog": set(),
+    # what the files of the token records are called: whoever writes and whoever reads them
+    "token_columns": set(),
     "formula": TOP,
     "terms": TOP | {"formula"},
     "objective": TOP | {"formula", "terms"},
@@ -62,9 +64,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the oracle enumerates through the very path that trains: pack, signal phase and head
     # the rules are told by their docstrings
     "audit": TOP | {"formula", "objective", "head", "rollout", "catalog"},
-    "diagnose": ALL_PARTS,
-    "training": ALL_PARTS | {"diagnose"},
-    "report": {"types", "errors"},
+    "diagnose": ALL_PARTS | {"token_columns"},
+    "training": ALL_PARTS | {"diagnose", "token_columns"},
+    "report": {"types", "errors", "token_columns"},
     "lab": ALL_PARTS | {"diagnose", "training", "report"},
     "api": ALL_PARTS | {"diagnose", "training"},
     # for whoever tests a loss with pytest
@@ -80,9 +82,11 @@ TORCH_FREE = (
     "catalog",
     "training.config",
     "cli.main",
+    "cli.query",
+    "report.queries",
     "pytest_plugin",
 )
-"""What `--help` and a mistake in a run file may wait for."""
+"""What `--help`, a mistake in a run file and `opd query` may wait for."""
 
 
 def part(module: str) -> str:

@@ -600,7 +600,7 @@ class _SignalPhase:
         return ~missing
 
     def note(self, name: str, value: Tensor) -> None:
-        self.results[name] = value
+        self.results[name] = value.expand(self._token.mask.shape)
 
     def advantage(self, label: str) -> Tensor:
         label = self._sampled_label(label)

@@ -45,6 +45,9 @@ MODES: Mapping[str, float | None] = MappingProxyType(
 )
 """Which share of the source a route takes the place of; None: the term's `interpolation`."""
 
+REWARD = "reward/"
+"""How a sampled term's reward is called among what is known of a row."""
+
 
 @runtime_checkable
 class Evaluation(Protocol):
@@ -75,7 +78,8 @@ class Evaluation(Protocol):
         ...
 
     def note(self, name: str, value: Tensor) -> None:
-        """Keep a per-row number for the metrics; NaN on rows that it does not concern."""
+        """Keep a per-row number for the records and, a reward apart, for the metrics; NaN on rows
+        that it does not concern."""
         ...
 
 
@@ -256,6 +260,7 @@ class Sampled:
         reward = call(self.reward)
         for joins_before in self._outcomes("reward"):
             reward = call(joins_before, reward=reward)
+        evaluation.note(f"{REWARD}{label}", reward)
         credited = call(self.credit, reward=reward)
         for joins_after in self._outcomes("credited"):
             credited = call(joins_after, reward=reward, credited=credited)

@@ -47,6 +47,7 @@ def test_help_takes_at_most_0_4_cpu_seconds_and_no_torch(tmp_path: Path) -> None
         "list methods --json",
         "list formulas",
         "list rules --json",
+        "list diagnostics --json",
         "list tasks",
         "list runs",
         "init my.toml",

@@ -16,8 +16,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
+from opd.token_columns import part_files
 from opd.training.config import Run, from_tree
 from opd.training.loop import StepReport, train_run
 from opd.training.session import Session
@@ -71,6 +74,7 @@ EVERYTHING: dict[str, Any] = {
     "warmup": {"steps": 2, "prompts_per_step": 4, "source": "teacher", "learning_rate": 1e-3},
     "train": {"steps": 5, "updates_per_rollout": 2, "anchor": 1.0},
     "critic": {"warmup_steps": 1, "replay_steps": 2},
+    "log": {"token_share": 1.0},
 }
 
 
@@ -116,7 +120,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text())
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     for record in (summary, *events):
-        del record["seconds"]
+        record.pop("seconds", None)  # an alarm takes none
     del summary["peak_mb"]
     newest = max(
         (folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1])
@@ -127,8 +131,15 @@ def outcome(folder: Path) -> dict[str, Any]:
         "optimizer": flat(torch.load(newest / "tensors.pt", weights_only=True)),
         "events": events,
         "samples": (folder / "samples.jsonl").read_text(),
+        "tokens": token_rows(folder / "tokens"),
         "summary": summary,
     }
+
+
+def token_rows(folder: Path) -> list[dict[str, Any]]:
+    """The token records of a run, part after part."""
+    tables = [pq.read_table(part) for part in part_files(folder)]
+    return pa.concat_tables(tables, promote_options="permissive").to_pylist() if tables else []
 
 
 def weights_file(folder: Path) -> str:

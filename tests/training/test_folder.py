@@ -167,12 +167,31 @@ def test_logs_are_cut_back_to_their_offsets(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     append_line(folder.events, {"step": 1, "text": "∑"})
     offsets = folder.offsets()
-    assert offsets == {"events.jsonl": folder.events.stat().st_size, "samples.jsonl": 0}
+    bytes_now = folder.events.stat().st_size
+    assert offsets == {"events.jsonl": bytes_now, "samples.jsonl": 0, "tokens": 0}
     append_line(folder.events, {"step": 2})
     append_line(folder.samples, {"step": 2})
     folder.truncate(offsets)
     assert folder.read_events() == [{"step": 1, "text": "∑"}]
     assert folder.offsets() == offsets
+
+
+def test_parts_of_the_token_records_go_with_the_steps_after_a_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.tokens.mkdir()
+    parts = [folder.tokens / f"part-{number:06}.parquet" for number in range(1, 12)]
+    for part in parts[:9]:
+        part.touch()
+    offsets = folder.offsets()
+    assert offsets["tokens"] == 9
+    for part in parts:
+        part.touch()
+    (folder.tokens / ".part-000012.parquet.tmp").touch()
+    folder.clear_leftovers()
+    folder.truncate(offsets)
+    assert sorted(folder.tokens.iterdir()) == parts[:9]
+    folder.truncate({})  # a checkpoint from before there were records, or none
+    assert not list(folder.tokens.iterdir())
 
 
 def test_a_log_is_never_made_longer(tmp_path: Path) -> None:

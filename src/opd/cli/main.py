@@ -289,6 +289,19 @@ def _check(parser: Parser) -> None:
     _json(parser)
 
 
+def _probe(parser: Parser) -> None:
+    _file(parser)
+    parser.number("--responses", "answers to held-out prompts (default 256)", default=256)
+    parser.number(
+        "--steps",
+        "also train for so many first steps and compare (default 0)",
+        default=0,
+        or_zero=True,
+    )
+    parser.flags.append("--output")  # read among the overrides, where it is the run folders'
+    _json(parser)
+
+
 def _explain(parser: Parser) -> None:
     parser.add_argument(
         "what",
@@ -341,7 +354,7 @@ def _audit(parser: Parser) -> None:
 
 
 def _list(parser: Parser) -> None:
-    parser.add_argument("what", metavar="methods|formulas|rules|tasks|runs")
+    parser.add_argument("what", metavar="methods|formulas|diagnostics|alarms|rules|tasks|runs")
     parser.flag(
         "--variable",
         "methods: show what each chose for this one of the nine variables, equal choices "
@@ -393,6 +406,7 @@ def _serve(parser: Parser) -> None:
     parser.flag("--revision", "of a hub id", metavar="REVISION", default="")
     parser.flag("--trust-remote-code", "run code that comes with the model")
     parser.number("--max-tokens", "padded tokens per forward (default 16384)", default=16384)
+    parser.number("--receive-s", "seconds in which a request must arrive (default 30)", default=30)
     parser.number("--drain-s", "seconds to finish in when stopped (default 60)", default=60)
     parser.number("--threads", "CPU threads (default: PyTorch's choice)", default=0, or_zero=True)
     _json(parser)
@@ -404,6 +418,19 @@ def _sample(parser: Parser) -> None:
     _json(parser)
 
 
+def _query(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "query",
+        nargs="?",
+        metavar="SQL|NAME",
+        help="one query in SQL, or a ready-made one by its name; without it, these are listed",
+    )
+    parser.number("--limit", "at most that many rows (default 20; of SQL with --json all)")
+    parser.number("--threads", "CPU threads (default: DuckDB's choice)", default=0, or_zero=True)
+    _json(parser)
+
+
 COMMANDS: dict[str, Command] = {
     "run": Command("run", "distil a student; shows what it does", _run, overrides=True),
     "init": Command("init", "write a run file that works, to edit", _init),
@@ -411,8 +438,15 @@ COMMANDS: dict[str, Command] = {
         "evaluate", "measure a run or a model: greedy, mean@n, pass@k", _eval, overrides=True
     ),
     "sample": Command("sample", "start, end and teacher side by side on the same prompts", _sample),
+    "query": Command("query", "SQL on what a run recorded of every token", _query),
     "check": Command(
         "check", "all that can be known before weights load, and the memory", _check, overrides=True
+    ),
+    "probe": Command(
+        "probe",
+        "whether this teacher can help this student, before you spend",
+        _probe,
+        overrides=True,
     ),
     "explain": Command(
         "explain", "the nine variables, formulas and passes of a run", _explain, overrides=True
@@ -422,7 +456,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "serve": Command("serve", "score for runs elsewhere: a teacher behind a URL", _serve),
     "diff": Command("diff", "the variables in which two methods differ", _diff),
-    "list": Command("listing", "methods, formulas, rules, tasks or runs", _list),
+    "list": Command(
+        "listing", "methods, formulas, diagnostics, alarms, rules, tasks or runs", _list
+    ),
 }
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from opd.head.visit import (
     visit,
 )
 from opd.objective import Objective
+from opd.terms import REWARD
 from opd.types import (
     Batch,
     FieldKey,
@@ -77,7 +78,8 @@ def linear_head(
 
     Returns:
         `rows` holds, per term, `loss/<label>`, and `student_logp`, `student_entropy` and, with a
-        view called teacher, `log_ratio`; with one called teacher.NAME, `log_ratio/NAME`.
+        view called teacher, `log_ratio`; with one called teacher.NAME, `log_ratio/NAME`; and what
+        terms note of a row, such as `advantage/<label>`.
 
     Raises:
         TeacherError: a view that does not answer what the objective compares.
@@ -106,7 +108,7 @@ def linear_head(
     seen = request.seen
     if not seen.depends:
         loss = loss.detach()
-    return HeadOutput(loss, _stats(seen, batch), seen.rows, seen.fields)
+    return HeadOutput(loss, _stats(seen, batch), seen.rows | seen.notes, seen.fields)
 
 
 @dataclass
@@ -182,6 +184,8 @@ def _stats(seen: Seen, batch: Batch) -> dict[str, Stat]:
     counted = {label: factor != 0 for label, factor in seen.factors.items()}
     stats = {f"loss/{label}": _stat(value, counted[label]) for label, value in seen.losses.items()}
     for name, value in seen.notes.items():
+        if name.startswith(REWARD):
+            continue
         label = name.split("/")[1].partition(".")[0]
         stats[name] = _stat(value, counted[label] & ~value.isnan())
     token = batch.token

@@ -1,4 +1,4 @@
-"""The run folder: config, events, samples, summary and curves; every file whole or not there.
+"""The run folder: config, logs, records, summary and curves; every file whole or not there.
 
 Whatever is being written, or being removed, has a hidden name that ends in `.tmp` or `.old`. Such a
 name is never read, and `clear_leftovers` removes what a killed process left under one.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import ConfigError, TrainingError
+from opd.token_columns import part_files
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,30 @@ class RunFolder:
         return self.path / "reference"
 
     @property
+    def tokens(self) -> Path:
+        """Part files of the token records."""
+        return self.path / "tokens"
+
+    @property
     def sources(self) -> Path:
         """Copies of the user's own functions."""
         return self.path / "sources"
 
     def offsets(self) -> dict[str, int]:
-        """Bytes in each log: what a checkpoint remembers."""
-        return {
+        """Bytes in each log, and parts of the token records: what a checkpoint remembers."""
+        found = {
             file.name: file.stat().st_size if file.exists() else 0
             for file in (self.events, self.samples)
         }
+        return {**found, self.tokens.name: len(part_files(self.tokens))}
 
     def truncate(self, offsets: Mapping[str, int]) -> None:
-        """Cut the logs back to what they held at a checkpoint."""
+        """Cut the logs and the token records back to what they held at a checkpoint."""
         for file in (self.events, self.samples):
             if file.exists():
                 os.truncate(file, min(offsets.get(file.name, 0), file.stat().st_size))
+        for part in part_files(self.tokens)[offsets.get(self.tokens.name, 0) :]:
+            remove(part)
 
     def read_events(self) -> list[dict[str, Any]]:
         """Events so far, a half-written last line left out."""
@@ -95,7 +104,7 @@ class RunFolder:
 
     def clear_leftovers(self) -> None:
         """Remove what a killed process was writing or removing."""
-        for folder in (self.path, self.checkpoints):
+        for folder in (self.path, self.checkpoints, self.tokens):
             for leftover in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
                 remove(leftover)
 

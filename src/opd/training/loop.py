@@ -9,7 +9,7 @@ import signal as signals
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -18,10 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd.catalog import alarms as known_alarms
 from opd.critic import Critic
-from opd.errors import OpdError, TrainingError
+from opd.diagnose import monitors
+from opd.diagnose.alarms import History, Raised, raised
+from opd.diagnose.records import Gathered, TokenRecords, free_fields, texts_of
+from opd.errors import AlarmError, OpdError, TrainingError
 from opd.models import save_model
-from opd.objective import Objective
+from opd.objective import Method, Objective
 from opd.rollout.pack import pack_rollout
 from opd.teacher.self_teacher import AverageTeacher
 from opd.training import by_route, conflict, privilege
@@ -42,13 +46,16 @@ from opd.training.folder import (
     append_line,
     check_name,
     create_folder,
+    disk_advice,
     plain,
     whole_folder,
     write_text,
 )
+from opd.training.look import look, why_not
 from opd.training.optim import Anchor, clip, learning_rate, make_optimizer, set_learning_rate
+from opd.training.plan import Plan
 from opd.training.reference import freeze_reference, start_averages
-from opd.training.resume import FINISHED, last_checkpoint
+from opd.training.resume import FINISHED, check_revisions, last_checkpoint
 from opd.training.session import Phase, Session, open_session, sampler_settings
 from opd.training.sources import check_sources, copy_sources, find_sources
 from opd.training.trackers import Trackers
@@ -56,6 +63,7 @@ from opd.training.values import Lesson, learn, make_critic, value_states
 from opd.types import (
     Batch,
     FieldKey,
+    Rollout,
     Sampler,
     Stat,
     with_parts,
@@ -63,6 +71,8 @@ from opd.types import (
 
 CRITIC_SEED = 3_000_017
 """Added to the run's seed: the critic draws from a stream of its own."""
+LOWERED = 0.5
+"""What an alarm that lowers the learning rate leaves of it."""
 INTERRUPTED = "interrupted"
 LEFT = "the caller asked for no further step"
 
@@ -82,6 +92,7 @@ class StepReport:
         folder: the run folder.
         summary: of the whole run, with the last report only.
         notes: what is worth knowing now and not only at the end.
+        alarms: those that begin with this step, in words.
     """
 
     phase: str
@@ -94,6 +105,7 @@ class StepReport:
     evaluation: Evaluation | None = None
     summary: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    alarms: tuple[str, ...] = ()
 
 
 @dataclass
@@ -103,6 +115,10 @@ class Progress:
     Attributes:
         stats: the latest metrics.
         totals: of several teachers, their metrics over the phase.
+        notes: what the run has come to know, for its summary.
+        history: of the distillation, what alarms read: the fields of a `History`.
+        alarms: those that were given, by name: `first_step`, `steps`, `value`, `threshold`.
+        rate: of the learning rate, the part that alarms have left.
     """
 
     phase: int = 0
@@ -115,6 +131,10 @@ class Progress:
     totals: dict[str, list[float]] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    history: dict[str, Any] = field(default_factory=dict)
+    alarms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rate: float = 1.0
 
 
 def train_run(
@@ -152,10 +172,11 @@ def train_run(
     trackers = Trackers(run.config.log.trackers, folder.path, json.loads(to_json(run.config)))
     trainer = _Trainer(session, folder, trackers)
     if checkpoint is not None:
+        check_revisions(folder, checkpoint, session.opened.revisions)
         trainer.restore(checkpoint)
     else:
         folder.truncate({})
-    with trackers, _exit_reason(trainer):
+    with trackers, closing(session.opened), _exit_reason(trainer):
         with _finish_step_on_interrupt() as interrupted:
             for number, phase in enumerate(session.phases):
                 if number < trainer.progress.phase:
@@ -163,9 +184,11 @@ def train_run(
                 trainer.enter(number, phase)
                 while not trainer.is_done(phase):
                     report = trainer.advance(phase)
-                    if trainer.saves(phase) or interrupted():
+                    if trainer.saves(phase) or interrupted() or trainer.stopped_by:
                         trainer.save(phase)
                     yield report
+                    if trainer.stopped_by:
+                        raise trainer.alarm_error()
                     if interrupted():
                         trainer.save(phase)
                         raise KeyboardInterrupt
@@ -181,11 +204,13 @@ class _Trainer:
         self.trackers = trackers
         self.progress = Progress()
         self.writers = Writers(session)
+        self.records = _open_records(session, folder)
         self.optimizer: torch.optim.Optimizer | None = None
         self.averages: Mapping[str, AverageTeacher] = {}
         self.anchor: Anchor | None = None
         self.critic: Critic | None = None
         self.critic_generator = torch.Generator().manual_seed(session.config.seed + CRITIC_SEED)
+        self.stopped_by = ""
         self._restored: Checkpoint | None = None
         self._started = time.perf_counter()
 
@@ -197,6 +222,7 @@ class _Trainer:
         if number != progress.phase:
             progress.phase, progress.step, progress.updates = number, 0, 0
             progress.schedule, progress.stats, progress.totals = None, {}, {}
+            progress.history, progress.rate = {}, 1.0
         if phase.name == "train":
             at_start = progress.step == 0
             freeze_reference(self.session, self.folder.reference, at_start=at_start)
@@ -247,7 +273,9 @@ class _Trainer:
         """Write a checkpoint on this rollout-batch boundary."""
         assert self.optimizer is not None
         progress = self.progress
+        self._write_records()
         progress.seconds = time.perf_counter() - self._started
+        self.session.opened.caches.flush()
         save_checkpoint(
             self.folder,
             phase=phase.name,
@@ -264,6 +292,7 @@ class _Trainer:
                 "config": to_json(self.session.config),
                 "stream": self.writers.stream.state(),
                 "progress": vars(progress),
+                "teachers": self.session.opened.revisions,
                 "offsets": self.folder.offsets(),
             },
             keep=self.session.config.train.keep,
@@ -292,6 +321,7 @@ class _Trainer:
         """One rollout batch: sample, score, signal, update, measure."""
         session, progress, clock = self.session, self.progress, _Clock()
         student, max_tokens = session.student, session.max_tokens
+        told_before = len(progress.notes)
         # steps in which only a critic learns measure no update, so nothing can be watched yet
         known = progress.stats if progress.updates else {}
         measured = {name: Stat(*pair) for name, pair in known.items()}
@@ -339,6 +369,9 @@ class _Trainer:
                 rivals, student, batch, objective, plan, max_tokens, contexts=contexts
             )
             clock.lap("conflict")
+        if self._looks(phase):
+            measured_now |= self._look(method, plan, rollout, batch)
+            clock.lap("monitor")
         lesson: Lesson | None = None
         for repeat in range(phase.updates_per_rollout):
             if repeat:
@@ -364,9 +397,20 @@ class _Trainer:
                 student, batch, objective, plan, max_tokens, fresh=repeat == 0, known=seen
             )
             clock.lap("signal")
-            metrics = steps.update(student, batch, objective, max_tokens, step=progress.step + 1)
+            last = repeat == phase.updates_per_rollout - 1
+            gathered = self._gathers(phase, batch, objective, watched=last)
+            metrics = steps.update(
+                student, batch, objective, max_tokens, step=progress.step + 1, gathered=gathered
+            )
             metrics |= self._apply(phase, batch, objective)
             clock.lap("update")
+            if gathered is not None:
+                rows = gathered.joined(len(batch.row_index))
+                if last and self.session.config.monitor.on:
+                    metrics |= monitors.of_update(rollout, batch, objective, rows)
+                    clock.lap("monitor")
+                self._record(phase, rollout, batch, objective, rows, update=repeat + 1)
+                clock.lap("record")
         if self.critic is not None and lesson is not None:
             metrics |= learn(self.critic, lesson, self.critic_generator)
             clock.lap("critic")
@@ -374,12 +418,14 @@ class _Trainer:
         progress.tokens += int(rollout.lengths.sum())
         metrics |= {**text.metrics, **measured_now, **told}
         progress.stats |= {name: [stat.total, stat.count] for name, stat in metrics.items()}
-        # a time is told and never watched: it would differ when the run is repeated
-        metrics |= steps.teacher_seconds(batch.token.views)
+        # times and what a cache held are told and never watched: they differ in a repetition
+        metrics |= steps.teacher_seconds(batch.token.views) | session.opened.caches.stats()
         self._add_up(metrics)
+        given = self._alarms(phase, metrics)
         evaluation = self._validate(phase) if self._validates(phase) else None
         clock.lap("evaluate")
         self._log(phase, metrics, clock.seconds, text, evaluation)
+        begun = self._give(phase, given)
         return StepReport(
             phase.name,
             progress.step,
@@ -389,7 +435,133 @@ class _Trainer:
             int(rollout.lengths.sum()),
             self.folder.path,
             evaluation,
+            notes=tuple(progress.notes[told_before:]),
+            alarms=tuple(begun),
         )
+
+    def _gathers(
+        self, phase: Phase, batch: Batch, objective: Objective, *, watched: bool
+    ) -> Gathered | None:
+        """What receives the by-products of an update; None where nobody reads them.
+
+        Args:
+            watched: the update is one that monitors may read.
+        """
+        if not (watched and self.session.config.monitor.on) and not self._recorded(phase, batch):
+            return None
+        return Gathered(free_fields(objective, batch))
+
+    def _recorded(self, phase: Phase, batch: Batch) -> bool:
+        """Whether any response of the step is recorded."""
+        if self.records is None:
+            return False
+        sequences = len(batch.token.tokens)
+        return bool(len(self.records.chosen(phase.name, self.progress.step + 1, sequences)))
+
+    def _record(
+        self,
+        phase: Phase,
+        rollout: Rollout,
+        batch: Batch,
+        objective: Objective,
+        rows: Mapping[str, Tensor],
+        *,
+        update: int,
+    ) -> None:
+        """Append the recorded responses of an update, if there are any."""
+        if not self._recorded(phase, batch):
+            return
+        assert self.records is not None
+        with disk_advice(self.folder.tokens):
+            self.records.add(
+                rollout,
+                batch,
+                objective,
+                rows,
+                phase=phase.name,
+                step=self.progress.step + 1,
+                update=update,
+            )
+
+    def _looks(self, phase: Phase) -> bool:
+        """Whether whole distributions are looked at in this step, before its first update."""
+        settings = self.session.config.monitor
+        due = settings.on and settings.every and self.progress.step % settings.every == 0
+        return bool(due) and phase.name == "train"
+
+    def _look(self, method: Method, plan: Plan, rollout: Rollout, batch: Batch) -> dict[str, Stat]:
+        """A look at a few responses; where none can be taken, a note says why."""
+        reason = why_not(self.session, method, plan, batch)
+        if reason is None:
+            responses = self.session.config.monitor.responses
+            return look(self.session, method, plan, rollout, batch, responses)
+        note = f"no distributions are looked at: {reason}"
+        if reason and note not in self.progress.notes:
+            self.progress.notes.append(note)
+        return {}
+
+    # -- alarms ------------------------------------------------------------------------------
+
+    def _alarms(self, phase: Phase, metrics: Mapping[str, Stat]) -> list[Raised]:
+        """The alarms of this step, from what it and those before it have measured."""
+        settings = self.session.config.monitor
+        if not settings.on or phase.name != "train":
+            return []
+        history = History(**self.progress.history)
+        history.add(metrics)
+        self.progress.history = vars(history)
+        return raised(history, settings.off)
+
+    def _give(self, phase: Phase, given: Sequence[Raised]) -> list[str]:
+        """Write and count the alarms of a step, and do what they are to do; those that begin."""
+        progress, begun = self.progress, []
+        for alarm in given:
+            told = {"value": alarm.value, "threshold": alarm.threshold}
+            place = {"phase": phase.name, "step": progress.step}
+            append_line(self.folder.events, {"alarm": alarm.name, **place, **told})
+            if alarm.name not in progress.alarms:
+                begun.append(_alarm_in_words(alarm))
+                progress.alarms[alarm.name] = {"first_step": progress.step, "steps": 0}
+                self._act(alarm.name)
+            known = progress.alarms[alarm.name]
+            progress.alarms[alarm.name] = known | {"steps": known["steps"] + 1} | told
+            if self._does(alarm.name) == "stop":
+                self.stopped_by = self.stopped_by or alarm.name
+        return begun
+
+    def _does(self, name: str) -> str:
+        """What an alarm does."""
+        settings = self.session.config.monitor
+        return settings.on_alarm if settings.on_alarm != "act" else settings.act.get(name, "log")
+
+    def _act(self, name: str) -> None:
+        """What an alarm does once, when it is given for the first time."""
+        if self._does(name) == "lower_rate":
+            self.progress.rate *= LOWERED
+            step = self.progress.step
+            self.progress.notes.append(
+                f"the alarm {name} has halved the learning rate after step {step}"
+            )
+
+    def alarm_error(self) -> AlarmError:
+        """The end of a run that an alarm stops."""
+        name = self.stopped_by
+        told = self.progress.alarms[name]
+        alarm = Raised(name, told["value"], told["threshold"])
+        acts = self.session.config.monitor.on_alarm == "act"
+        setting = f"act.{name}" if acts else "on_alarm"
+        return AlarmError(
+            f"step {self.progress.step}: the alarm {_alarm_in_words(alarm)}. A checkpoint is "
+            f"written; go on all the same with `opd run --resume {self.folder.path} "
+            f"--monitor.{setting} log`",
+            name,
+        )
+
+    def _write_records(self) -> None:
+        """Write the rows that are held back until they fill a part."""
+        if self.records is not None:
+            with disk_advice(self.folder.tokens):
+                self.records.flush()
 
     def _rivals_now(self, phase: Phase) -> Rivals | None:
         """The teachers whose conflict is measured in this step, before its first update."""
@@ -427,7 +599,7 @@ class _Trainer:
             )
         without = self.session.config.critic.warmup_steps if self.critic is not None else 0
         total = (phase.steps - without) * phase.updates_per_rollout
-        rate = learning_rate(phase.optimizer, self.progress.updates, total)
+        rate = learning_rate(phase.optimizer, self.progress.updates, total) * self.progress.rate
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -604,7 +776,12 @@ class _Trainer:
         )
 
     def summarise_early(self, reason: str) -> None:
-        """Say in summary.json why the run stopped, where the disk still takes it."""
+        """Say in summary.json why the run stopped, where the disk still takes it.
+
+        The token records up to then are written too: they may show why.
+        """
+        with suppress(OpdError, OSError):
+            self._write_records()
         with suppress(OpdError, OSError):
             self._write_summary(self._summary(reason))
 
@@ -638,12 +815,17 @@ class _Trainer:
             "sets": {"start": progress.start.get("sets", {}), "final": sets or {}},
             "privilege": {"start": progress.start.get("privilege", {}), "final": privileged or {}},
             "teachers": self._teachers(final),
+            "alarms": {
+                name: told | {"what_to_do": known_alarms()[name].action}
+                for name, told in progress.alarms.items()
+            },
             "notes": self.session.notes,
         }
         routes = summary["teachers"].get("routes", [])
         start_routes = progress.start.get("routes", [])
         summary["notes"] = [
             *self.session.notes,
+            *progress.notes,
             *by_route.worse_teachers(start_routes, progress.start.get("route_teachers", [])),
             *by_route.fallen_routes(routes),
         ]
@@ -751,6 +933,19 @@ def summary_of_teachers(
     }
 
 
+def _open_records(session: Session, folder: RunFolder) -> TokenRecords | None:
+    """What writes the token records; None where none are asked for."""
+    config = session.config
+    if not config.log.token_share:
+        return None
+    return TokenRecords(
+        folder.tokens,
+        share=config.log.token_share,
+        seed=config.seed,
+        text_of=texts_of(session.tokenizer),
+    )
+
+
 class _Clock:
     """Wall-clock seconds by part of a step."""
 
@@ -804,6 +999,9 @@ def _exit_reason(trainer: _Trainer) -> Iterator[None]:
     except GeneratorExit:
         trainer.summarise_early(LEFT)
         raise
+    except AlarmError as error:
+        trainer.summarise_early(f"alarm: {error.alarm}")
+        raise
     except Exception as error:
         name = "" if isinstance(error, OpdError) else f"{type(error).__name__}: "
         trainer.summarise_early(f"error: {name}{error}")
@@ -824,6 +1022,12 @@ def _base_folder(run: Run) -> str:
     return (
         f"\n# relative paths above start here\n[paths]\nbase_folder = {json.dumps(str(run.base))}\n"
     )
+
+
+def _alarm_in_words(alarm: Raised) -> str:
+    known = known_alarms()[alarm.name]
+    says = f"{alarm.name} ({alarm.value:.3g}, given {known.side} {alarm.threshold:g})"
+    return f"{says}: {known.says} {known.action}"
 
 
 def _at(values: list[Any] | None, place: int) -> Any:

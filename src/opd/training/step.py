@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from opd.diagnose.records import Gathered
 from opd.errors import DataError, TrainingError, is_out_of_memory
 from opd.fields import EXTRA_PREFIX
 from opd.formula import support
@@ -326,20 +327,32 @@ def _said(view: TeacherScores) -> Tensor | None:
 
 
 def update(
-    student: Student, batch: Batch, objective: Objective, max_tokens: int, *, step: int
+    student: Student,
+    batch: Batch,
+    objective: Objective,
+    max_tokens: int,
+    *,
+    step: int,
+    gathered: Gathered | None = None,
 ) -> dict[str, Stat]:
     """Gradient of the objective over the whole batch, accumulated over micro-batches.
+
+    Args:
+        gathered: receives what is known of every row.
 
     Raises:
         TrainingError: a loss that is not finite; names the step and the term.
     """
     stats: list[Mapping[str, Stat]] = []
+    wanted = gathered.wanted if gathered is not None else frozenset()
     for part in split(batch, max_tokens=max_tokens):
         with memory_advice("train.max_tokens", max_tokens):
-            out = student(part.batch, objective)
+            out = student(part.batch, objective, wanted=wanted)
             assert out.loss is not None
             if not torch.isfinite(out.loss):
                 raise TrainingError(_blame(out.rows, part, objective, step))
+            if gathered is not None:
+                gathered.take(part.rows, out)
             if objective.is_off:
                 stats.append(out.stats)
                 continue
