@@ -193,7 +193,8 @@ def test_memory_counts_weights_gradients_and_optimizer_of_the_student(written: W
     weights = 4 * memory_estimate("builtin:sort-student")["parameters"]
     assert parts["student weights"] == parts["gradients"] == weights
     assert parts["optimizer"] == 2 * weights
-    assert parts["teacher weights"] == memory_estimate("builtin:sort-teacher")["bytes"]
+    # stored in 16 bits, and widened on a CPU, where half precision is slower
+    assert parts["teacher weights"] == 4 * memory_estimate("builtin:sort-teacher")["parameters"]
     adapter = {p.what: p.bytes for p in examine(written(GOOD, "--student.lora.r", "2")).memory}
     assert adapter["student weights"] == weights
     assert adapter["gradients"] < weights / 2
@@ -494,6 +495,6 @@ def test_a_teacher_that_scores_in_float32_is_estimated_as_such(tmp_path: Path) -
     loaded = load_model("builtin:sort-teacher-init", dtype="bfloat16", device="cpu")
     save_model(loaded, tmp_path / "half", dtype="bfloat16")
     run = load(None, ["--teacher.model", str(tmp_path / "half")])
-    parts = {part.name: part.bytes for part in examine(run).memory}
+    parts = {part.what: part.bytes for part in examine(run).memory}
     count = sum(weight.numel() for weight in loaded.model.parameters())
     assert parts["teacher weights"] == 4 * count

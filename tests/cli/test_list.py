@@ -86,7 +86,7 @@ def test_alarms_have_the_keys_that_programs_read(capsys: pytest.CaptureFixture[s
     ("what", "parts"),
     [
         ("alarms", ["stale_sampler", "above 0.3", "has left"]),
-        ("diagnostics", ["calibration_error", "ece", "confidence in answers"]),
+        ("diagnostics", ["calibration_error", "ece", "confidence"]),
         ("rules", ["stale-rewards", "must be declared", "allowed"]),
         ("methods", ["reverse_kl_opd", "E0", "evidence"]),
         ("formulas", ["divergence.generalized_jsd", "teacher_weight"]),

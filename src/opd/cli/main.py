@@ -32,6 +32,7 @@ SECTIONS = (
     "critic",
     "evaluate",
     "log",
+    "monitor",
     "check",
 )
 PLAIN_KEYS = ("name", "output", "seed", "device", "threads", "method")
