@@ -19,7 +19,7 @@ run: setup
 
 # Everything that finishes in minutes.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Rebuilding the embedded teachers, long kills, peers.
 test-slow: setup

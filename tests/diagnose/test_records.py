@@ -440,6 +440,7 @@ KILLS: Mapping[str, Kill] = {
 }
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_records_of_one_that_was_not(tmp_path: Path) -> None:
     """With steps after the last checkpoint, so that parts are there which must go."""
     changes = [EVERYTHING, ALL, {"train": {"save_every": 2}}, {"evaluate": {"every": 0}}]

@@ -23,12 +23,13 @@ from opd.training.session import open_session
 from tests.teacher.served import serving
 from tests.training.runs import tiny_run
 
+SHORT: Mapping[str, Any] = {"train": {"steps": 2, "save_every": 2}, "evaluate": {"every": 0}}
 SAMPLED: Mapping[str, Any] = {"method": {"name": "sampled_token_opd"}}
 
 
 def cached(output: Path, *changes: Mapping[str, Any], **cache: Any) -> Run:
     table = {"folder": str(output / "scores"), "drift_share": 0.0, **cache}
-    return tiny_run(output, {"teacher": {"cache": table}}, *changes)
+    return tiny_run(output, SHORT, {"teacher": {"cache": table}}, *changes)
 
 
 def trained(run: Run) -> tuple[Path, dict[str, torch.Tensor], list[Mapping[str, Any]]]:
@@ -49,7 +50,7 @@ def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> 
 def test_a_repeated_run_asks_nobody_and_learns_the_same(
     tmp_path: Path, method: Mapping[str, Any]
 ) -> None:
-    plain = trained(tiny_run(tmp_path / "plain", method))[1]
+    plain = trained(tiny_run(tmp_path / "plain", SHORT, method))[1]
     first = trained(cached(tmp_path, method, {"name": "first"}))
     again = trained(cached(tmp_path, method, {"name": "again"}))
     absent = {"teacher": {"model": "no/such/model"}, "name": "absent"}
@@ -57,7 +58,7 @@ def test_a_repeated_run_asks_nobody_and_learns_the_same(
     for weights in (first[1], again[1], alone[1]):
         assert same(plain, weights)
     shares = [[step["cache/hits"] for step in steps] for _, _, steps in (first, again, alone)]
-    assert [[hits for hits, _ in steps] for steps in shares] == [[0] * 4, [4] * 4, [4] * 4]
+    assert [[hits for hits, _ in steps] for steps in shares] == [[0] * 2, [4] * 2, [4] * 2]
     assert {asked for steps in shares for _, asked in steps} == {4}
 
 
@@ -89,7 +90,7 @@ def test_of_several_revisions_one_is_named(tmp_path: Path) -> None:
     known = fingerprint(load_model("builtin:sort-teacher-init", device="cpu").model)
     assert f"{known}.53" in str(caught.value)
     found = cached(tmp_path, {"name": "found"}, offline=True, revision=f"{known}.53")
-    assert [step["cache/hits"][0] for step in trained(found)[2]] == [4] * 4
+    assert [step["cache/hits"][0] for step in trained(found)[2]] == [4] * 2
     with pytest.raises(ConfigError, match="its weights are known as"):
         open_session(cached(tmp_path, revision="mine"))
 
@@ -135,7 +136,7 @@ def test_a_served_teacher_is_asked_once(tmp_path: Path, reply: str) -> None:
     gone = {"teacher": {"model": "", "url": "http://127.0.0.1:9", "reply": reply}}
     alone = trained(cached(tmp_path, method, gone, {"name": "alone"}, offline=True))
     assert same(first[1], alone[1])
-    assert [step["cache/hits"][0] for step in alone[2]] == [4] * 4
+    assert [step["cache/hits"][0] for step in alone[2]] == [4] * 2
 
 
 def test_routed_teachers_have_a_cache_each(tmp_path: Path) -> None:
@@ -150,6 +151,7 @@ def test_routed_teachers_have_a_cache_each(tmp_path: Path) -> None:
         routes = {"teacher": {"model": "", "route": "task", "conflict_every": 2}}
         return tiny_run(
             tmp_path,
+            SHORT,
             routes,
             {"teachers": tables, "data": {"prompts": "task:add+sort"}, "name": name},
         )
@@ -194,7 +196,7 @@ def test_two_teachers_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_a_teacher_that_takes_turns_is_cached_under_its_weights(tmp_path: Path, keep: str) -> None:
     trained(cached(tmp_path, {"name": "first"}))
     _, _, steps = trained(cached(tmp_path, {"name": "turns", "teacher": {"keep": keep}}))
-    assert [step["cache/hits"][0] for step in steps] == [4] * 4
+    assert [step["cache/hits"][0] for step in steps] == [4] * 2
 
 
 @pytest.mark.parametrize(

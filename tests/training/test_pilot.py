@@ -461,6 +461,7 @@ def judged(
     return seen, evidence, {each.criterion: each for each in verdicts(evidence)}
 
 
+@pytest.mark.slow
 def test_the_healthy_default_is_fit(warmed: LoadedModel) -> None:
     seen, evidence, found = judged(warmed)
     assert {each.status for each in found.values()} == {"fit", "not applicable"}
@@ -485,6 +486,7 @@ FAULTS: dict[str, tuple[Callable[[LoadedModel], LoadedModel | Teacher | None], l
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_teacher_is_unfit_and_named(warmed: LoadedModel, fault: str) -> None:
     make, overrides = FAULTS[fault]
@@ -496,6 +498,7 @@ def test_a_wrong_teacher_is_unfit_and_named(warmed: LoadedModel, fault: str) -> 
     assert found[ALIGNMENT].status in ("unfit", "doubtful")
 
 
+@pytest.mark.slow
 def test_an_unwarmed_student_is_unfit_and_asks_for_a_warm_up() -> None:
     off = ["--warmup.steps", "0"]
     seen, evidence, found = judged(None, None, *off)
@@ -509,6 +512,7 @@ def test_an_unwarmed_student_is_unfit_and_asks_for_a_warm_up() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_the_student_has_nothing_to_tell(warmed: LoadedModel) -> None:
     seen, _, found = judged(warmed, frozen_copy(warmed))
     information = found[INFORMATION]
@@ -520,6 +524,7 @@ def test_a_teacher_that_is_the_student_has_nothing_to_tell(warmed: LoadedModel) 
     assert proposal.first == "teacher.model: the teacher says what the student says already"
 
 
+@pytest.mark.slow
 def test_a_template_with_one_more_token_shows_at_the_first_token(
     warmed: LoadedModel, tmp_path: Path
 ) -> None:
