@@ -165,7 +165,7 @@ def test_every_monitor_has_a_meaning() -> None:
 def test_a_look_averages_rows_and_suppression_where_the_ratio_is_negative() -> None:
     mask = torch.tensor([[True, True, True], [True, True, True]])
     rows = {name: torch.zeros(6) for name in LOOKED_AT if name not in ("routable", "infinite")}
-    rows["log_ratio"] = torch.tensor([-1.0, 1, -1, 0, -1, 1])
+    rows["log_ratio"] = torch.tensor([-2.0, 1, -1, 0, -1, 1])
     rows["candidate_mass"] = torch.tensor([0.5, 9, 0.0, 9, 0.1, 9])
     rows["leak"] = torch.tensor([0.2, 9, 1.0, 9, 0.3, 9])
     rows["top_k_overlap"] = torch.tensor([1.0, 0.5, 0.0, 1, 0.5, 0])
@@ -175,7 +175,8 @@ def test_a_look_averages_rows_and_suppression_where_the_ratio_is_negative() -> N
     found = of_look(rows, mask, vocab_size=100)
 
     look = {name.removeprefix("monitor/look/"): stat for name, stat in found.items()}
-    assert look["candidate_mass"].mean == pytest.approx(0.2)
+    assert look["candidate_mass"].total == pytest.approx(1.1)  # 2 x 0.5 + 1 x 0 + 1 x 0.1
+    assert look["candidate_mass"].count == 4.0
     assert look["leak"].mean == pytest.approx(0.5)
     assert look["routable"] == Stat(2.0, 3.0)
     assert look["top_k_overlap"] == Stat(3.0, 6.0)

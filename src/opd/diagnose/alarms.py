@@ -257,7 +257,7 @@ def unroutable_suppression(history: History) -> float:
 
     Mechanism: negative feedback without a target
     Rule: the teacher's mass on tokens within either list that it prefers to the student, where it
-        finds the sampled token too likely, over two looks
+        finds the sampled token too likely, each such token by how much, over two looks
     Action: a comparison over the whole vocabulary in place of single tokens, a wider support, no
         update on such rows
     Source: negative feedback without a target, Table 6 of arXiv:2606.22793
@@ -338,7 +338,7 @@ THRESHOLDS: Mapping[str, tuple[str, float, str]] = {
     "unroutable_suppression": (
         "below",
         0.4,
-        "preliminary, from 34 runs: healthy 0.83, faults 0.1",
+        "preliminary, from 34 runs, tokens counted alike: healthy 0.83, faults 0.1",
     ),
     "conflicting_teachers": (
         "below",

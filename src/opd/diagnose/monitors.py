@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd.diagnose.drift import repeated_ngrams
-from opd.diagnose.numbers import judged, places, wide
+from opd.diagnose.numbers import judged, leading, places, wide
 from opd.diagnose.outcome import align_auc, calibration_error
 from opd.diagnose.records import OF_TERMS, rows_in
 from opd.diagnose.signal import quantiles
@@ -84,7 +84,7 @@ LOOKED_AT: Mapping[str, str] = MappingProxyType(
         "reverse_kl": "nats",
         "forward_kl": "nats",
         "routable": "of tokens with a negative log ratio, the share with a reachable alternative",
-        "candidate_mass": "the teacher's mass on these alternatives",
+        "candidate_mass": "the teacher's mass on these alternatives, a row counting by its -r",
         "leak": "share of what suppression would release there that goes to no alternative",
         "infinite": "share of rows with a number that is not finite; that number is then left out",
     }
@@ -153,6 +153,10 @@ def of_look(
         if name in IN_THIRDS:
             for number, part in enumerate(THIRDS):
                 found[f"{name}/{part}"] = _stat(value[third == number])
+    if "candidate_mass" in rows:  # by what is taken: late in a run most rows are off by little
+        taken = leading(-wide(rows["log_ratio"])[negative])
+        told = wide(rows["candidate_mass"])[negative] * taken
+        found["candidate_mass"] = Stat(float(told.sum()), float(taken.sum()))
     found["routable"] = _stat((rows["candidate_mass"] > 0)[negative].double())
     found["infinite"] = Stat(float(bad.sum()), float(len(bad)))
     return {MONITOR + LOOK + name: stat for name, stat in found.items() if _is_known(stat)}
