@@ -92,7 +92,6 @@ LOOKED_AT: Mapping[str, str] = MappingProxyType(
 """What a look measures, by the names after `monitor/look/`."""
 
 IN_THIRDS = ("top_k_overlap", "teacher_confidence", "excess_surprise")
-ON_NEGATIVE = ("candidate_mass", "leak")
 
 CLIPS = ("clipped", "dual_clipped")
 MASKS = ("masked_importance",)
@@ -149,14 +148,15 @@ def of_look(
             continue
         value = wide(rows[name])
         bad |= value.isinf()
-        found[name] = _stat(value[negative] if name in ON_NEGATIVE else value)
+        if name != "candidate_mass":
+            found[name] = _stat(value[negative] if name == "leak" else value)
         if name in IN_THIRDS:
             for number, part in enumerate(THIRDS):
                 found[f"{name}/{part}"] = _stat(value[third == number])
-    if "candidate_mass" in rows:  # by what is taken: late in a run most rows are off by little
-        taken = leading(-wide(rows["log_ratio"])[negative])
-        told = wide(rows["candidate_mass"])[negative] * taken
-        found["candidate_mass"] = Stat(float(told.sum()), float(taken.sum()))
+    # by what is taken: late in a run most rows are off by little
+    taken = leading(-wide(rows["log_ratio"])[negative])
+    kept = wide(rows["candidate_mass"])[negative] * taken
+    found["candidate_mass"] = Stat(float(kept.sum()), float(taken.sum()))
     found["routable"] = _stat((rows["candidate_mass"] > 0)[negative].double())
     found["infinite"] = Stat(float(bad.sum()), float(len(bad)))
     return {MONITOR + LOOK + name: stat for name, stat in found.items() if _is_known(stat)}
