@@ -78,15 +78,23 @@ class Session:
     opened: Teachers
     context_encoder: ContextEncoder
     held_out: HeldOut | None = None
-    router: Router | None = None
     teacher_samplers: Mapping[str, Sampler] = field(default_factory=dict)
     rivals: Rivals | None = None
-    turns: Turns = field(default_factory=Turns)
     notes: list[str] = field(default_factory=list)
 
     @property
     def config(self) -> RunConfig:
         return self.run.config
+
+    @property
+    def router(self) -> Router | None:
+        """Whom a prompt goes to, where teachers are routed."""
+        return self.opened.router
+
+    @property
+    def turns(self) -> Turns:
+        """Of the models that take turns on the device."""
+        return self.opened.turns
 
     @property
     def max_tokens(self) -> int:
@@ -173,9 +181,7 @@ def _open_session(
         context_encoder=ContextEncoder(
             student.tokenizer, prompt_settings(config.data, with_responses=False)
         ),
-        router=teachers.router,
         teacher_samplers=teachers.routed_samplers(vocab_size),
-        turns=teachers.turns,
         opened=teachers,
     )
     session.rivals = _rivals(session)
