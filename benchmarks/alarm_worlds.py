@@ -234,6 +234,48 @@ def unreachable(session: Session, strength: float) -> None:
     _scripted(session, script)
 
 
+def fading(session: Session, strength: float) -> None:
+    """The teacher's answer gives way to a uniform one, up to so large a share at the end."""
+    inner = _teacher(session)
+
+    def says(request: TeacherRequest, scores: TeacherScores) -> TeacherScores:
+        token = request.batch.token
+        place = token.mask.long().cumsum(1) - 1
+        along = place / token.mask.sum(1, keepdim=True).sub(1).clamp(min=1)
+        lost = strength * pack_rows(along, token.mask).unsqueeze(-1)
+        said = _log_probs(inner, request, scores).exp()
+        said = (said * (1 - lost) + lost / said.shape[-1]).log()
+        return replace(scores, hidden=None, unembedding=None, log_probs=said)
+
+    session.teachers["teacher"] = Around(inner, says=says)
+
+
+def unsure(session: Session, strength: float) -> None:
+    """So large a share of the teacher's answer is a uniform one."""
+    inner = _teacher(session)
+
+    def says(request: TeacherRequest, scores: TeacherScores) -> TeacherScores:
+        said = _log_probs(inner, request, scores).exp()
+        said = (said * (1 - strength) + strength / said.shape[-1]).log()
+        return replace(scores, hidden=None, unembedding=None, log_probs=said)
+
+    session.teachers["teacher"] = Around(inner, says=says)
+
+
+def outliers(session: Session, strength: float) -> None:
+    """A token of every 16th response has a log-probability that is lower by so many nats."""
+
+    def says(request: TeacherRequest, scores: TeacherScores) -> TeacherScores:
+        if scores.sampled_logp is None:  # a look
+            return scores
+        mask = request.batch.token.mask
+        every = torch.arange(len(mask)).unsqueeze(1) % 16 == 0
+        hit = pack_rows((mask.long().cumsum(1) == 4) & every, mask)
+        return replace(scores, sampled_logp=scores.sampled_logp - strength * hit)
+
+    session.teachers["teacher"] = Around(_teacher(session), says=says)
+
+
 def _mostly(ids: Tensor, vocab_size: int, share: float) -> Tensor:
     """Distributions with a share of their mass on one token, the rest in equal parts."""
     rest = torch.full((len(ids), vocab_size), (1 - share) / (vocab_size - 1))
@@ -316,6 +358,19 @@ LONGER = custom(
     {"kind": "sampled", "reward": "teacher_log_ratio"},
     {"kind": "sampled", "name": "longer", "reward": "one", "credit": "return_to_go", "coef": 1.0},
 )
+SURE = custom(
+    {"kind": "dense", "divergence": "reverse_kl"},
+    {"kind": "regulariser", "penalty": "entropy_bonus", "coef": -1.0},
+)
+CERTAIN = custom(
+    {"kind": "dense", "divergence": "reverse_kl", "coef": 0.02},
+    {"kind": "regulariser", "penalty": "entropy_bonus", "coef": -1.0},
+)
+GOLDEN = {
+    "evaluate": {"every": 5, "test_prompts": 128, "sets": {"sort": "task:sort"}},
+    "monitor": {"golden": ("sort",)},
+}
+ADD = {"data": {"prompts": "task:add"}, "teacher": {"model": "builtin:add-teacher"}}
 TWO = custom(
     {"kind": "dense", "divergence": "reverse_kl", "coef": 0.5},
     {
@@ -337,6 +392,7 @@ HEALTHY = (
     World("cr_opd", changes={"method": {"name": "cr_opd"}, "train": {"learning_rate": 3e-4}}),
     World("replay", changes=REPLAY),
     World("add", task="add"),
+    World("golden set", changes=merged(GOLDEN, {"train": {"learning_rate": 3e-4}})),
 )
 
 FAULTS = (
@@ -372,4 +428,13 @@ FAULTS = (
               "teacher": {"conflict_every": 5}})),
     World("mis-ranked outcome", ("misranked_outcome",), plant=misranked,
           fixing=(1.0, 0.9), testing=(0.95,)),
+    World("suffix fade", ("late_fade",), plant=fading,
+          fixing=(0.9, 0.7), testing=(0.8, 0.6)),
+    World("outlier log ratios", ("gradient_concentration",), plant=outliers, changes=SAMPLED,
+          fixing=(9999.0, 4000.0), testing=(6000.0,)),
+    World("another task", ("golden_regression",), changes=merged(
+        GOLDEN, ADD, {"student": {"model": "builtin:sort-teacher"}})),
+    World("unsure teacher, sure student", ("entropy_collapse",), plant=unsure, changes=SURE,
+          fixing=(0.5, 0.3), testing=(0.4,)),
+    World("certainty rewarded", ("calibration_drift",), changes=CERTAIN),
 )  # fmt: skip

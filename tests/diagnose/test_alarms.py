@@ -47,6 +47,15 @@ def judged(auc: float, accuracy: float = 0.3) -> list[dict[str, float]]:
     return [{"monitor/align_auc": auc, "rollout/accuracy": accuracy}] * 5
 
 
+def fading(end: float) -> list[dict[str, float]]:
+    confidence = LOOK + "teacher_confidence/"
+    return [{confidence + "first": 0.9, confidence + "last": end}] * 2
+
+
+def golden(before: float, after: float) -> list[dict[str, float]]:
+    return [{"golden/sort/accuracy": before}, {"golden/sort/accuracy": after}]
+
+
 # by alarm a history that shows the failure, and one that nearly does
 CASES: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
     "misaligned_events": (misaligned(4.5, 0.1), misaligned(4.3, 0.1)),
@@ -97,6 +106,13 @@ CASES: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
         [{LOOK + "student_entropy": 0.39, LOOK + "teacher_entropy": 1.0}] * 2,
         [{LOOK + "student_entropy": 0.41, LOOK + "teacher_entropy": 1.0}] * 2,
     ),
+    "gradient_concentration": (
+        steady(5, monitor__top_share=0.56),
+        steady(5, monitor__top_share=0.54),
+    ),
+    "late_fade": (fading(0.64), fading(0.66)),
+    # 38 % is 0.22 less than 60 %, and three standard errors are 3 * sqrt(0.49 * 0.51 / 50)
+    "golden_regression": (golden(0.6, 0.38), golden(0.6, 0.4)),
     "calibration_drift": (
         steady(5, monitor__calibration_error=0.1) + steady(5, monitor__calibration_error=0.31),
         steady(5, monitor__calibration_error=0.1) + steady(5, monitor__calibration_error=0.29),
@@ -147,6 +163,21 @@ def test_the_pair_of_teachers_that_conflicts_most_decides() -> None:
     pairs = {"teacher/a|b/cosine": 0.5, "teacher/b|c/cosine": -0.5, "teacher/a|b/kl": -3.0}
     (alarm,) = raised(history([pairs] * 2))
     assert (alarm.name, alarm.value) == ("conflicting_teachers", -0.5)
+
+
+def test_the_golden_set_that_falls_most_decides_and_a_recovery_ends_the_alarm() -> None:
+    before, fallen = {"sort": 0.6, "add": 0.9}, {"sort": 0.3, "add": 0.0}
+    steps = [
+        {f"golden/{name}/accuracy": share for name, share in shares.items()}
+        for shares in (before, fallen, before)
+    ]
+    (alarm,) = raised(history(steps[:2]))
+    pooled = 0.45
+    error = math.sqrt(pooled * (1 - pooled) * 2 / 100)
+    assert alarm.value == pytest.approx(-0.9 + 3 * error)
+    assert raised(history(steps)) == []
+    # nothing was solved before, so nothing can be lost
+    assert given(golden(0.0, 0.0)) == []
 
 
 def test_what_is_not_finite_or_not_read_is_not_kept() -> None:

@@ -231,6 +231,44 @@ def test_alarms_survive_a_resume(reports: int, tmp_path: Path) -> None:
     assert whole["summary"]["alarms"]["noise_teacher"]["first_step"] == 3
 
 
+GOLDEN: dict[str, Any] = {
+    "evaluate": {
+        "every": 2,
+        "test_prompts": 24,
+        "sets": {"able": "task:sort", "other": "task:add"},
+    },
+    "monitor": {"golden": ("able",)},
+}
+
+
+def test_a_skill_that_is_unlearnt_is_named_and_only_golden_sets_are_watched(tmp_path: Path) -> None:
+    """An able student follows a teacher that knows nothing."""
+    nothing = {"teacher": {"model": "builtin:sort-teacher-init"}}
+    ruined = nothing | {"train": {"learning_rate": 1e-2}}
+    *reports, last = finish(tiny_run(tmp_path, ABLE, GOLDEN, ruined))
+    watched = {
+        r.step: r.metrics["golden/able/accuracy"]
+        for r in reports
+        if "golden/able/accuracy" in r.metrics
+    }
+    assert list(watched) == [0, 2, 4, 6]
+    assert watched[0].mean > 0.9
+    assert watched[6].mean < 0.3
+    assert last.summary is not None
+    told = last.summary["alarms"]["golden_regression"]
+    accuracy = last.summary["sets"]
+    assert accuracy["start"]["able"]["value"] == watched[0].mean
+    assert accuracy["final"]["able"]["value"] == watched[6].mean
+    assert told["value"] < 0
+    assert "golden/other/accuracy" not in reports[-1].metrics
+
+
+def test_a_skill_that_stays_is_not_named(tmp_path: Path) -> None:
+    *_, last = finish(tiny_run(tmp_path, ABLE, GOLDEN))
+    assert last.summary is not None
+    assert "golden_regression" not in last.summary["alarms"]
+
+
 # --------------------------------------------------------------------------------------------
 # The run file
 
@@ -255,6 +293,28 @@ def test_settings_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ConfigError) as refused:
         tiny_run(tmp_path, {"monitor": changes})
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"monitor": {"golden": ("sort",)}}, "monitor.golden: 'sort' is no set of evaluate.sets"),
+        (
+            {**GOLDEN, "evaluate": GOLDEN["evaluate"] | {"every": 0}},
+            "monitor.golden names sets to be watched, and evaluate.every is 0",
+        ),
+        (
+            {**GOLDEN, "monitor": GOLDEN["monitor"] | {"on": False}},
+            "monitor.golden names sets to be watched, and monitor.on is false",
+        ),
+    ],
+)
+def test_a_golden_set_that_nobody_measures_is_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        tiny_run(tmp_path, changes)
     assert words in str(refused.value)
 
 

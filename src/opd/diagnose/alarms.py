@@ -21,6 +21,9 @@ __all__ = [
     "end_token_mismatch",
     "entropy_collapse",
     "foreign_template",
+    "golden_regression",
+    "gradient_concentration",
+    "late_fade",
     "length_collapse",
     "length_inflation",
     "misaligned_events",
@@ -39,6 +42,7 @@ LOOKS = 2
 """Looks that are taken together."""
 
 READS = (
+    "golden/*/accuracy",
     "monitor/align_auc",
     "monitor/calibration_error",
     "monitor/end_tokens",
@@ -47,9 +51,12 @@ READS = (
     "monitor/later_tokens",
     "monitor/other_tokens",
     "monitor/repeated",
+    "monitor/top_share",
     "monitor/look/candidate_mass",
     "monitor/look/excess_surprise",
     "monitor/look/student_entropy",
+    "monitor/look/teacher_confidence/first",
+    "monitor/look/teacher_confidence/last",
     "monitor/look/teacher_entropy",
     "monitor/look/teacher_spread",
     "monitor/look/top_k_overlap",
@@ -321,6 +328,54 @@ def calibration_drift(history: History) -> float:
     return history.now(error) - history.at_first(error)
 
 
+def gradient_concentration(history: History) -> float:
+    """A few tokens make nearly the whole update.
+
+    Mechanism: gradient concentration: outlier log ratios drown what all other tokens say
+    Rule: share of the push that the largest 1 % of the tokens hold, over five steps
+    Action: a bounded reward (`clipped_log_ratio`, `soft_log_ratio`, `tanh_log_ratio`), a mixed
+        divergence, no update on the tokens in question; `opd query RUN worst` shows them
+    Source: gradient concentration and routability, Table 7 of arXiv:2606.22793; arXiv:2603.11137
+    """
+    return history.now("monitor/top_share")
+
+
+def late_fade(history: History) -> float:
+    """The teacher is sure at the beginning of a response and no longer at its end.
+
+    Mechanism: suffix fade: far along text that it would not have written, the teacher has lost
+        the thread
+    Rule: the teacher's mean largest probability in the first third of the responses less that in
+        the last, over two looks
+    Action: a horizon or the teacher's beginnings (`method.states`), a gate by the teacher's
+        certainty (`teacher_confidence`)
+    Source: prefix and suffix, section 7 and Table 7 of arXiv:2606.22793; arXiv:2605.13643
+    """
+    end = history.now("monitor/look/teacher_confidence/last", LOOKS)
+    return history.now("monitor/look/teacher_confidence/first", LOOKS) - end
+
+
+def golden_regression(history: History) -> float:
+    """The student no longer solves what it solved before the first step.
+
+    Mechanism: capability regression: what is taught overwrites what was there
+    Rule: accuracy on a set of `monitor.golden` less that before the first step, with three standard
+        errors of the difference of two independent measurements added; of the set where it is
+        lowest
+    Action: a term against the reference, a share of the data's text (`method.states`), a teacher
+        for each domain (`teacher.route`), a lower learning rate
+    Source: drift and calibration, Table 7 of arXiv:2606.22793; arXiv:2604.13016
+    """
+    found = []
+    for name in history.named("golden/*/accuracy"):
+        if history.seen[name] > 1:
+            (before, n), (after, m) = history.first[name][0], history.last[name][-1]
+            pooled = (before + after) / (n + m)
+            error = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
+            found.append(after / m - before / n + 3 * error)
+    return min(found, default=math.nan)
+
+
 # --------------------------------------------------------------------------------------------
 # Whether they are given
 
@@ -351,6 +406,9 @@ THRESHOLDS: Mapping[str, tuple[str, float, str]] = {
         0.4,
         "preliminary, from 34 runs: below all of them (healthy from 3.2); no fault was planted",
     ),
+    "gradient_concentration": ("above", 0.55, "preliminary"),
+    "late_fade": ("above", 0.25, "preliminary"),
+    "golden_regression": ("below", 0.0, "by its meaning: at 0 chance could explain the fall"),
     "calibration_drift": (
         "above",
         0.2,

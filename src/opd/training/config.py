@@ -400,6 +400,8 @@ class MonitorConfig:
         act: with `on_alarm = "act"`, by alarm what it does: `log`, `stop`, or `lower_rate`, which
             halves the learning rate for the rest of the phase, once. Those that are not named log.
         off: alarms that are not given, by their names in `opd list alarms`.
+        golden: sets of `evaluate.sets` that the student must not unlearn: measured at every
+            evaluation, and watched by the alarm `golden_regression`.
     """
 
     on: bool = True
@@ -408,6 +410,7 @@ class MonitorConfig:
     on_alarm: Literal["log", "stop", "act"] = "log"
     act: dict[str, Literal["log", "stop", "lower_rate"]] = field(default_factory=dict)
     off: tuple[str, ...] = ()
+    golden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -550,6 +553,7 @@ def from_tree(tree: Mapping[str, Any], *, source: str = "<python>") -> RunConfig
     check_teacher_tables(config, source)
     check_declared(config.check, source)
     check_alarms(config.monitor, source)
+    check_golden(config, source)
     lora, model = config.student.lora, config.student.model
     if lora.r and not lora.merge and model.startswith("builtin:"):
         raise ConfigError(
@@ -706,6 +710,23 @@ def check_declared(config: CheckConfig, source: str) -> None:
                 f"{source}: check.declared: {name!r} is a rule of level {levels[name]!r}, which "
                 "takes no declaration; leave it out"
             )
+
+
+def check_golden(config: RunConfig, source: str) -> None:
+    """Refuse a golden set that nobody measures."""
+    sets = config.evaluate.sets
+    for name in config.monitor.golden:
+        if name not in sets:
+            raise ConfigError(
+                f"{source}: monitor.golden: {name!r} is no set of evaluate.sets; give it a source "
+                f'there, such as evaluate.sets = {{ {name} = "task:sort" }}. {nearest(name, sets)}'
+            )
+    if config.monitor.golden and not (config.monitor.on and config.evaluate.every):
+        key = "evaluate.every is 0" if config.monitor.on else "monitor.on is false"
+        raise ConfigError(
+            f"{source}: monitor.golden names sets to be watched, and {key}: nobody would measure "
+            "them during training; set it, or leave golden out"
+        )
 
 
 def check_alarms(config: MonitorConfig, source: str) -> None:

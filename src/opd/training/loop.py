@@ -8,7 +8,7 @@ import resource
 import signal as signals
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -421,9 +421,12 @@ class _Trainer:
         # times and what a cache held are told and never watched: they differ in a repetition
         metrics |= steps.teacher_seconds(batch.token.views) | session.opened.caches.stats()
         self._add_up(metrics)
-        given = self._alarms(phase, metrics)
-        evaluation = self._validate(phase) if self._validates(phase) else None
+        evaluation = None
+        if self._validates(phase):
+            evaluation = self._validate(phase)
+            metrics |= self._golden(self._evaluate_sets(session.config.monitor.golden))
         clock.lap("evaluate")
+        given = self._alarms(phase, metrics)
         self._log(phase, metrics, clock.seconds, text, evaluation)
         begun = self._give(phase, given)
         return StepReport(
@@ -651,11 +654,21 @@ class _Trainer:
             max_sequences=session.config.sampler.max_sequences,
         )
 
-    def _evaluate_sets(self) -> dict[str, Any]:
-        """The student's accuracy on every named set."""
+    def _evaluate_sets(self, names: Collection[str] | None = None) -> dict[str, Any]:
+        """The student's accuracy on every named set, or on these."""
         return {
             name: self._evaluate("student", prompts.prompts).accuracy.as_dict()
             for name, prompts in self.session.sets.items()
+            if names is None or name in names
+        }
+
+    def _golden(self, sets: Mapping[str, Any]) -> dict[str, Stat]:
+        """What is watched of the sets that the student must not unlearn."""
+        golden = self.session.config.monitor.golden
+        return {
+            f"golden/{name}/accuracy": Stat(score["value"] * score["n"], float(score["n"]))
+            for name, score in sets.items()
+            if name in golden
         }
 
     def _evaluate_privilege(self, test: Evaluation) -> dict[str, Any]:
@@ -693,15 +706,19 @@ class _Trainer:
             start["teacher_verdicts"] = list(teacher.scores[:8])
         notes = self._routes_at_start(start, test) if session.router is not None else []
         self.progress.start = start
+        golden = self._golden(start["sets"])
+        self._alarms(phase, golden)
         clock.lap("evaluate")
-        event = {"phase": phase.name, "step": 0, "evaluation": start}
+        event: dict[str, Any] = {"phase": phase.name, "step": 0, "evaluation": start}
+        if golden:
+            event["metrics"] = {name: [stat.total, stat.count] for name, stat in golden.items()}
         append_line(self.folder.events, event | {"seconds": clock.seconds})
         self._track(phase, {}, validation)
         return StepReport(
             phase.name,
             0,
             phase.steps,
-            {},
+            golden,
             clock.seconds,
             0,
             self.folder.path,
