@@ -54,7 +54,14 @@ def test_verdicts_come_first_then_proposal_audits_and_the_rest(
 ) -> None:
     folder, printed, told = probed
     places = [printed.index(f"\n{name}" if at else name) for at, name in enumerate(CRITERIA)]
-    marks = ("\nproposal: ", "\naudits: ", "2 steps", "\nthe run as planned: ", "\nNext: ")
+    marks = (
+        "\nproposal: ",
+        "\naudits: ",
+        "\nwhere they disagree: ",
+        "2 steps",
+        "\nthe run as planned: ",
+        "\nNext: ",
+    )
     places += [printed.index(mark) for mark in marks]
     assert places == sorted(places)
     assert printed.startswith("state compatibility")
@@ -109,7 +116,19 @@ def test_the_report_holds_every_number(probed: tuple[Path, str, str]) -> None:
         "Rao-Blackwell",
         "GAE (value 0, lambda 0.95)",
     }
-    assert all(each["objective"]["terms"] for each in found["gradients"]["neighbours"])
+    neighbours = found["gradients"]["neighbours"]
+    assert all(each["objective"]["terms"] for each in neighbours)
+    by_data = next(each for each in neighbours if each["name"] == "text of the data")
+    assert by_data["states"] == {"student": 0.0, "data": 1.0, "teacher": 0.0}
+    pull = next(each for each in neighbours if each["name"].startswith("with a pull"))
+    assert [view["source"] for view in pull["views"]] == ["teacher", "initial_student"]
+    assert [each["columns"] for each in found["maps"]] == ["teacher_entropy", "reverse_kl"]
+    for each in found["maps"]:
+        assert each["rows"] == found["tokens"]
+        for shares in (each["tokens"], each["disagreement"]):
+            assert [len(row) for row in shares] == [4] * 4
+            assert sum(map(sum, shares)) == pytest.approx(1.0)
+        assert each["words"]
     assert [each["depth"] for each in found["recoverability"]] == [0.0, 0.25, 0.5, 0.75]
     assert found["cost"]["run"]["seconds"]["answers"] > 0
     assert found["cost"]["probe"]["took_cpu_seconds"] > 0

@@ -220,6 +220,10 @@ ASKED: dict[str, Callable[[Fields], Iterator[Question]]] = {
     "top_share": several(
         asked("size"), *(asked("size", share=share) for share in (0.07, 0.3, 1.0))
     ),
+    "disagreement_map": several(
+        asked("size", "values", "finite"),
+        *(asked("finite", "flat", "values", bins=bins) for bins in (1, 3, 7)),
+    ),
     "cosine": several(asked("finite", "values"), asked("size", "flat")),
     "explained_variance": several(asked("values", "finite"), asked("values", "flat")),
     "td_residual_by_bin": in_bins("value", "mask"),

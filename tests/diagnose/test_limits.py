@@ -125,6 +125,7 @@ STATIONARY: dict[str, tuple[Callable[[], Any], Any]] = {
     "effective_share": (lambda: diagnose.effective_share(ZERO), NOWHERE),
     "top_share": (lambda: diagnose.top_share(ZERO), NOWHERE),
     "cosine": (lambda: diagnose.cosine(LOGP, 3 * LOGP), 1.0),
+    "disagreement_map": (lambda: diagnose.disagreement_map(LOGP, LOGP, ZERO)[1], NOWHERE),
     "explained_variance": (lambda: diagnose.explained_variance(LOGP + 1, LOGP), 1.0),
     "td_residual_by_bin": (lambda: diagnose.td_residual_by_bin(BY_TOKEN, OPEN, 3), 0.0),
     "gradient_variance": (lambda: diagnose.gradient_variance(LOGP.expand(5, -1)), 0.0),
@@ -259,6 +260,8 @@ def test_infinite_log_ratios_count_for_all_of_the_mass() -> None:
     # Thirds of four: the first two tokens, the last one; half of the first is infinite.
     assert diagnose.suffix_fade(four.abs(), mask) == 2.0
     assert diagnose.first_token_spike(four.abs(), mask) == 3.0
+    by_row = diagnose.disagreement_map(torch.arange(4.0), torch.zeros(4), r)[1, :, 0]
+    assert by_row.tolist() == [float(each) / 2 for each in r.isinf()]
     assert diagnose.drift_budget(four[:, [1, 0, 2]], mask[:, :3]).tolist() == [[0, 1, math.inf]]
 
 
@@ -290,6 +293,7 @@ NOTHING: dict[str, Callable[[], Any]] = {
     "outcome_correlation": lambda: diagnose.outcome_correlation(NONE, NONE),
     "split_delta": lambda: diagnose.split_delta(NO_FLAGS, NONE),
     "cosine": lambda: diagnose.cosine(NONE, NONE),
+    "disagreement_map": lambda: diagnose.disagreement_map(NONE, NONE, NONE),
     "explained_variance": lambda: diagnose.explained_variance(NONE, NONE),
     "td_residual_by_bin": lambda: diagnose.td_residual_by_bin(CLOSED, CLOSED_MASK, 2),
     "gradient_variance": lambda: diagnose.gradient_variance(torch.zeros(0, 3)),
@@ -510,6 +514,7 @@ def test_the_change_point_is_that_of_all_splits_tried() -> None:
         (lambda: diagnose.teacher_margin(LOG_PROBS, LOG_PROBS, k=1), ["k >= 2", "1"]),
         (lambda: diagnose.quantiles(LOGP, (0.5, 5.0)), ["[0, 1]", "5.0"]),
         (lambda: diagnose.top_share(LOGP, 1.5), ["(0, 1]", "1.5"]),
+        (lambda: diagnose.disagreement_map(LOGP, LOGP, LOGP, 0), ["bins", "0"]),
         (lambda: diagnose.profile(BY_TOKEN, OPEN, [0, 5, 5]), ["edges", "(0, 5, 5)"]),
         (lambda: diagnose.td_residual_by_bin(BY_TOKEN, OPEN, 0), ["bins", "0"]),
         (lambda: diagnose.repeated_ngrams(OPEN.long(), OPEN, 0), ["n must", "0"]),

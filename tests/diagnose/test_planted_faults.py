@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opd import catalog, diagnose
+from opd.formula.divergence import student_entropy
 from tests.diagnose.worlds import Rows, by_sequence, draw, tempered, with_nothing
 
 RISES, FALLS = 1.0, -1.0
@@ -395,6 +396,21 @@ def _() -> tuple[Any, Any]:
 def _() -> tuple[Any, Any]:
     rows = Rows.random()
     return tuple(diagnose.top_share(pushes(rows, each), 0.01) for each in (False, True))
+
+
+@fault("disagreement_map", "every tenth token both are sure, and of different ones", RISES, 0.5)
+def _() -> tuple[Any, Any]:
+    """The share of the disagreement in the cell where both are surest."""
+    rows = Rows.random()
+    student, teacher = rows.student.clone(), rows.teacher.clone()
+    student[::10] = (20.0 * torch.eye(40)[3]).log_softmax(-1).double()
+    teacher[::10] = student[::10].roll(1, -1)
+    found = []
+    for pair in ((rows.student, rows.teacher), (student, teacher)):
+        entropies = (student_entropy(each) for each in pair)
+        size = diagnose.reverse_kl(*pair)
+        found.append(diagnose.disagreement_map(*entropies, size)[1, 0, 0])
+    return found[0], found[1]
 
 
 def gradient(student: Tensor, teacher: Tensor) -> Tensor:

@@ -285,6 +285,35 @@ def top_share(size: npt.ArrayLike, share: float = 0.01) -> float:
     return _quotient(sum(ordered[:largest]), sum(ordered))
 
 
+def disagreement_map(
+    student_entropy: npt.ArrayLike,
+    other: npt.ArrayLike,
+    disagreement: npt.ArrayLike,
+    bins: int = 4,
+) -> Array:
+    """Shares of the rows, and of the sum of |d|, by part of the one number and of the other.
+
+    A row is in part i of a number if at least i / bins of all rows, and less than (i + 1) / bins,
+    have a smaller one. nan where there is no row, or the sum is 0.
+    """
+    one, two, sizes = _list(student_entropy), _list(other), [abs(d) for d in _list(disagreement)]
+    table = np.zeros((2, bins, bins))
+    for a, b, size in zip(one, two, sizes, strict=True):
+        i, j = (
+            max(
+                i
+                for i in range(bins)
+                if Fraction(sum(1 for x in column if x < number), len(column)) >= Fraction(i, bins)
+            )
+            for number, column in ((a, one), (b, two))
+        )
+        table[0, i, j] += 1.0
+        table[1, i, j] += size
+    for half, total in zip(table, (len(one), sum(sizes)), strict=True):
+        half /= total if total else NAN
+    return table
+
+
 def routable_share(
     advantage: npt.ArrayLike,
     reachable: npt.ArrayLike,

@@ -152,6 +152,13 @@ def test_concentration_of_sizes() -> None:
     assert dg.negative_share([-3.0, 1.0, 0.0]) == pytest.approx(1 / 3)
 
 
+def test_a_map_keeps_equal_numbers_together_in_the_lowest_part_that_one_has() -> None:
+    # Of 4 rows in 2 parts: 0, 0, 0 have none below, 5 has 3/4. Of 1, 2, 3, 4 the first two.
+    table = dg.disagreement_map([0.0, 5.0, 0.0, 0.0], [4.0, 3.0, 2.0, 1.0], [-3.0, 1, 0, 4], 2)
+    assert table[0].tolist() == [[2 / 4, 1 / 4], [0.0, 1 / 4]]
+    assert table[1].tolist() == [[4 / 8, 3 / 8], [0.0, 1 / 8]]
+
+
 def test_align_auc_counts_ties_half_and_skips_the_unjudged() -> None:
     # Right .4, .8 against wrong .1, .4: 1 + 1/2 + 1 + 1 of 4 pairs.
     score = [0.1, 0.4, 0.4, 0.8, 0.9]
@@ -297,6 +304,7 @@ def test_nothing_gives_no_value() -> None:
         dg.repeated_ngrams(zeros, closed, 1),
     ):
         assert per_bin == about(NAN, NAN)
+    assert np.isnan(dg.disagreement_map(none, none, none, 2)).all()
     assert dg.change_point(none) is None
     assert dg.excess_id_ratio(none, none, 3) == []
     assert not dg.drift_budget(zeros, closed).any()

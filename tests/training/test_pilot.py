@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from opd.diagnose.evidence import Evidence
 from opd.diagnose.profiles import profiles
-from opd.diagnose.verdicts import ALIGNMENT, INFORMATION, STATE, Verdict, verdicts
+from opd.diagnose.verdicts import ALIGNMENT, INFORMATION, PRIVILEGE, STATE, Verdict, verdicts
 from opd.errors import ConfigError, DataError
-from opd.formula import divergence, reward, weight
+from opd.formula import divergence, regulariser, reward, support, surrogate, weight
 from opd.methods import reverse_kl_opd, sampled_token_opd
+from opd.methods.parts import REFERENCE
 from opd.methods.variables import nine_variables
 from opd.models import LoadedModel, load_model
-from opd.objective import Dense, Method, Objective, Sampled
+from opd.objective import Dense, Method, Objective, Regulariser, Sampled
 from opd.teacher.local import LocalTeacher
 from opd.training import pilot as pilots
 from opd.training import pilot_gradients
@@ -42,18 +44,22 @@ from opd.training.pilot import (
     warm_up,
 )
 from opd.training.pilot_gradients import (
+    BY_DATA,
+    BY_TEACHER,
     Gradients,
     Neighbour,
     _Judge,
+    _tried,
+    answers_by,
     cosine,
     frozen_batch,
     measure_gradients,
     neighbours,
 )
-from opd.training.pilot_interface import FIRST_TOKEN, Audit, audits
+from opd.training.pilot_interface import FIRST_TOKEN, SPECIAL_IDS, Audit, audits, special_excess
 from opd.training.pilot_proposal import _better, propose
 from opd.training.session import Session, build_method, open_session
-from opd.types import Bound, Teacher, TeacherView
+from opd.types import Bound, Provenance, Teacher, TeacherView
 from tests.training.faults import SampledOnly, frozen_copy, permuted, shifted
 from tests.training.runs import finish, tiny_run
 
@@ -274,7 +280,6 @@ def test_the_noise_of_a_credit_is_the_variance_of_single_gradients(tiny: Pilot) 
 
 
 def test_neighbours_differ_in_one_variable_and_the_run_is_its_own_best(tiny: Pilot) -> None:
-    own = nine_variables(tiny.method)
     objectives = {each.name: each for each in neighbours(tiny)}
     assert {each.variable for each in objectives.values()} == {
         "",
@@ -282,10 +287,16 @@ def test_neighbours_differ_in_one_variable_and_the_run_is_its_own_best(tiny: Pil
         "divergence",
         "update route",
         "gate",
+        "regulariser",
+        "state source",
     }
     for each in objectives.values():
-        method = Method(each.objective, tiny.method.states, tiny.method.views)
-        changed = {name for name, text in nine_variables(method).items() if text != own[name]}
+        changed = changed_variables(tiny, each)
+        if each.variable == "state source":
+            assert changed == {"state source"}
+        if each.variable == "regulariser":
+            # the student at step 0 is one more to ask
+            assert changed in ({"regulariser"}, {"regulariser", "feedback source"})
         if each.variable == "support":
             assert changed == {"support"}
         if each.variable == "gate":
@@ -301,6 +312,256 @@ def test_neighbours_differ_in_one_variable_and_the_run_is_its_own_best(tiny: Pil
     assert by_name["student's top 4, rest in a bucket"].cosine < top < 1.0
     ranks = [each.per_second for each in found.neighbours if not math.isnan(each.cosine)]
     assert ranks == sorted(ranks, reverse=True)
+
+
+def changed_variables(seen: Pilot, neighbour: Neighbour) -> set[str]:
+    own, views = nine_variables(seen.method), neighbour.views
+    method = Method(
+        neighbour.objective, neighbour.states, seen.method.views if views is None else views
+    )
+    return {name for name, text in nine_variables(method).items() if text != own[name]}
+
+
+def measured(seen: Pilot, variable: str) -> dict[str, Neighbour]:
+    """The neighbours in one variable, tried as a probe tries them, by name."""
+    frozen = frozen_batch(seen)
+    judge = _Judge(seen, frozen)
+    full = judge.gradient(Objective(Dense(divergence=divergence.reverse_kl, against=seen.view)))
+    asked = [each for each in neighbours(seen) if each.variable == variable]
+    return {each.name: _tried(seen, frozen, each, full, judge.whole()) for each in asked}
+
+
+def on_one_view(seen: Pilot, view: TeacherView, *terms: Any) -> Pilot:
+    """The same answers, to be learnt from by another method."""
+    method = Method(
+        Objective(*(terms or (Dense(divergence=divergence.reverse_kl),))), views=(view,)
+    )
+    return replace(seen, method=method, plan=replace(seen.plan, views=method.views))
+
+
+def test_an_entropy_bonus_adds_its_own_gradient_and_a_pull_adds_none_yet(tiny: Pilot) -> None:
+    """The bonus by hand: the mean entropy of every row, from the model's own forward."""
+    frozen = frozen_batch(tiny)
+    by_name = {each.name: each for each in neighbours(tiny) if each.variable == "regulariser"}
+    assert set(by_name) == {
+        "with an entropy bonus x 0.01",
+        "with a pull to the student at step 0 x 0.01",
+    }
+    student, own = tiny.session.student.loaded, _Judge(tiny, frozen).gradient(tiny.method.objective)
+    entropies = []
+    for row, ids in enumerate(frozen.prompt_ids):
+        tokens = frozen.tokens[row, : int(frozen.lengths[row])].tolist()
+        text = torch.tensor([[*ids, *tokens]])
+        logits = student.model(input_ids=text).logits[0, len(ids) - 1 : -1, : student.vocab_size]
+        log_probs = logits.log_softmax(-1)
+        entropies.append(-(log_probs.exp() * log_probs).sum(-1))
+    weights = tiny.session.student.trainable()
+    bonus = torch.autograd.grad(torch.cat(entropies).mean(), list(weights.values()))
+    found = _Judge(tiny, frozen).gradient(by_name["with an entropy bonus x 0.01"].objective)
+    for (name, value), by_hand in zip(found.items(), bonus, strict=True):
+        close = 1e-2 * float(by_hand.abs().max()) + 1e-5
+        torch.testing.assert_close((own[name] - value) / 0.01, by_hand, atol=close, rtol=0)
+    apart = measured(tiny, "regulariser")
+    assert apart["with a pull to the student at step 0 x 0.01"].cosine == pytest.approx(1, abs=1e-6)
+    assert 0.99 < apart["with an entropy bonus x 0.01"].cosine < 1 - 1e-7
+
+
+def test_a_run_with_regularisers_is_tried_without_them(tiny: Pilot) -> None:
+    bonus = Regulariser(penalty=regulariser.entropy_bonus, coef=10.0)
+    held = Dense(divergence=divergence.reverse_kl, against="reference")
+    taught = Dense(divergence=divergence.reverse_kl)
+    method = Method(Objective(taught, bonus, held), views=(TeacherView(), REFERENCE))
+    seen = replace(tiny, method=method, plan=replace(tiny.plan, views=method.views))
+    (without,) = measured(seen, "regulariser").values()
+    assert without.name == "no regulariser"
+    assert without.objective == Objective(taught)
+    assert without.cosine == pytest.approx(1.0, abs=1e-9)
+    own = _tried(seen, frozen_batch(seen), next(iter(neighbours(seen))), full_gradient(seen))
+    assert own.cosine < 0.9  # what was taken away is seen
+
+
+def full_gradient(seen: Pilot) -> Any:
+    full = Objective(Dense(divergence=divergence.reverse_kl, against=seen.view))
+    return _Judge(seen, frozen_batch(seen)).gradient(full)
+
+
+def test_without_its_context_a_view_is_one_that_never_had_any(tiny: Pilot) -> None:
+    told = TeacherView("teacher", "teacher", "{prompt}1")
+    seen = on_one_view(tiny, told)
+    (without,) = measured(seen, "privilege").values()
+    assert without.name == "'teacher' without its context"
+    assert without.objective == seen.method.objective
+    assert changed_variables(seen, without) == {"teacher privilege"}
+    plain = full_gradient(on_one_view(tiny, TeacherView()))
+    assert without.cosine == cosine(plain, full_gradient(seen))
+    assert without.cosine < 0.999
+    # a context that is the prompt as it is tells nothing
+    (same,) = measured(on_one_view(tiny, replace(told, context="{prompt}")), "privilege").values()
+    assert same.cosine == pytest.approx(1.0, abs=1e-9)
+    assert not measured(on_one_view(tiny, TeacherView()), "privilege")
+
+
+@pytest.mark.parametrize("source", ["student", "initial_student"])
+def test_a_self_that_is_told_more_is_probed_and_without_it_is_the_student(
+    tmp_path: Path, source: str
+) -> None:
+    method = {
+        "name": "custom",
+        "objective": {"terms": [{"kind": "dense", "divergence": "reverse_kl"}]},
+        "views": [{"name": "teacher", "source": source, "context": "{prompt}1"}],
+    }
+    seen = look(open_session(tiny_run(tmp_path, TEACHER, {"method": method})), SMALL)
+    assert seen.view == "teacher"
+    (without,) = measured(seen, "privilege").values()
+    judge = _Judge(seen, frozen_batch(seen), without.views)
+    left = judge.gradient(without.objective)
+    largest = max(float(value.abs().max()) for value in full_gradient(seen).values())
+    assert all(float(value.abs().max()) < 1e-4 * largest for value in left.values())
+
+
+def test_each_of_several_contexts_is_taken_away_alone(tiny: Pilot) -> None:
+    one, other = (TeacherView(name, "teacher", "{prompt}1") for name in ("teacher", "teacher.b"))
+    terms = [
+        Dense(divergence=divergence.reverse_kl, against=each.name, name=each.name[-1])
+        for each in (one, other)
+    ]
+    method = Method(Objective(*terms), views=(one, other))
+    seen = replace(tiny, method=method, plan=replace(tiny.plan, views=method.views))
+    found = {each.name: each for each in neighbours(seen) if each.variable == "privilege"}
+    assert {name: [view.context for view in each.views or ()] for name, each in found.items()} == {
+        "'teacher' without its context": ["", "{prompt}1"],
+        "'teacher.b' without its context": ["{prompt}1", ""],
+    }
+
+
+def as_data(seen: Pilot, shift: int = 0) -> Pilot:
+    """The first answer of each prompt, `shift` added to its ids, as what the data has for it."""
+    rollout = seen.rollout
+    responses = {}
+    for row in reversed(range(len(rollout.prompts))):
+        tokens = rollout.tokens[row, : int(rollout.lengths[row])]
+        responses[int(rollout.group[row])] = tuple(((tokens + shift) % 53).tolist())
+    prompts = tuple(
+        replace(prompt, response_ids=responses[int(group)], response_mask=None)
+        for prompt, group in zip(rollout.prompts, rollout.group, strict=True)
+    )
+    return replace(seen, rollout=replace(rollout, prompts=prompts))
+
+
+RATIO = Sampled(reward=reward.teacher_log_ratio, surrogate=surrogate.importance)
+
+
+@pytest.mark.parametrize("term", [Dense(divergence=divergence.reverse_kl), RATIO])
+def test_text_of_the_data_that_is_the_students_teaches_the_same(tmp_path: Path, term: Any) -> None:
+    """A ratio to the rollout's weights too: 1, whoever wrote the text."""
+    seen = look(open_session(tiny_run(tmp_path, TEACHER)), PilotSettings(responses=6, samples=1))
+    seen = on_one_view(seen, TeacherView(), term)
+    frozen = frozen_batch(seen)
+    own = _Judge(seen, frozen).gradient(seen.method.objective)
+    for shift in (0, 1):
+        planted = as_data(seen, shift)
+        text = answers_by(planted, frozen_batch(planted), BY_DATA)
+        same = torch.equal(text.tokens, frozen.tokens)
+        assert same == (shift == 0)
+        found = _Judge(planted, text, None, BY_DATA).gradient(seen.method.objective)
+        apart = max(float((found[name] - value).abs().max()) for name, value in own.items())
+        size = max(float(value.abs().max()) for value in own.values())
+        assert (apart < 1e-5 * size) == same
+        near = measured(planted, "state source")["text of the data"].cosine
+        full = cosine(own, full_gradient(seen))
+        assert (near == pytest.approx(full, abs=1e-5)) == same
+
+
+def test_text_of_the_data_counts_as_often_as_the_student_answers(tiny: Pilot) -> None:
+    frozen = frozen_batch(tiny)
+    text = answers_by(tiny, frozen, BY_DATA)
+    assert text.group.tolist() == frozen.group.tolist()
+    assert text.prompt_ids == frozen.prompt_ids
+    for row, prompt in enumerate(frozen.prompts):
+        assert tuple(text.tokens[row, : int(text.lengths[row])].tolist()) == prompt.response_ids
+    assert set(text.provenance[text.mask].tolist()) == {int(Provenance.DATA)}
+    assert text.verdict.tolist() == [1.0] * len(frozen.prompts)  # the data is right
+
+
+def test_the_teachers_text_is_its_own_and_to_the_same_prompts(tmp_path: Path) -> None:
+    longer = {"sampler": {"max_new_tokens": 64, "max_sequences": 4}}
+    seen = look(open_session(tiny_run(tmp_path, TEACHER, longer)), SMALL)
+    frozen = frozen_batch(seen)
+    text = answers_by(seen, frozen, BY_TEACHER)
+    assert text.group.tolist() == frozen.group.tolist()
+    assert text.prompt_ids == frozen.prompt_ids
+    assert set(text.provenance[text.mask].tolist()) == {int(Provenance.TEACHER)}
+    assert float(text.verdict.mean()) > 0.7
+    assert float(frozen.verdict.mean()) < 0.3
+    assert torch.equal(text.tokens, answers_by(seen, frozen, BY_TEACHER).tokens)
+    found = measured(seen, "state source")
+    assert -1 < found["text by the teacher"].cosine < 0.99
+    assert found["text by the teacher"].seconds > 0
+
+
+def test_who_has_no_text_is_said_to_have_none(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, TEACHER, {"method": {"name": "sampled_token_opd"}})
+    inner = open_session(run).teachers["teacher"]
+    seen = look(open_session(run, teacher=SampledOnly(inner)), SMALL)
+    bare = tuple(replace(prompt, response_ids=None) for prompt in seen.rollout.prompts)
+    seen = replace(seen, rollout=replace(seen.rollout, prompts=bare))
+    frozen = frozen_batch(seen)
+    found = {
+        each.name: _tried(seen, frozen, each, {})
+        for each in neighbours(seen)
+        if each.variable == "state source"
+    }
+    assert found["text of the data"].why_not == "the data has no responses to these prompts"
+    assert found["text by the teacher"].why_not == "the teacher only scores, it does not write"
+    assert math.isnan(found["text by the teacher"].cosine)
+    assert math.isnan(found["text of the data"].seconds)
+
+
+def test_terms_that_look_at_the_students_text_learn_nothing_from_the_datas(tiny: Pilot) -> None:
+    seen = on_one_view(tiny, TeacherView(), Dense(divergence=divergence.reverse_kl, rows="student"))
+    found = measured(seen, "state source")
+    assert math.isnan(found["text of the data"].cosine)
+    assert not found["text of the data"].why_not
+
+
+def short_list(seen: Pilot, tail: str) -> Pilot:
+    top = partial(support.student_top_k, k=2)
+    term = Dense(divergence=divergence.reverse_kl, support=top, tail=tail)
+    return replace(seen, method=Method(Objective(term)))
+
+
+@pytest.mark.parametrize("tail", ["renormalise", "bucket"])
+def test_what_a_list_sees_of_the_divergence(tiny: Pilot, tail: str) -> None:
+    """By hand, from the models' own logits: two entries of the student's, with and without rest."""
+    seen = short_list(tiny, tail)
+    frozen = frozen_batch(seen)
+    some = replace(seen, rollout=frozen)
+    teacher_model = seen.session.opened.own
+    assert isinstance(teacher_model, LoadedModel)
+    student, teacher = (dense(each, some) for each in (seen.session.student.loaded, teacher_model))
+    top = np.argsort(-student, kind="stable")[:, :2]
+    pi, q = (np.take_along_axis(np.exp(each), top, 1) for each in (student, teacher))
+    if tail == "bucket":
+        pi, q = (np.concatenate([each, 1 - each.sum(1, keepdims=True)], 1) for each in (pi, q))
+    else:
+        pi, q = (each / each.sum(1, keepdims=True) for each in (pi, q))
+    part = (pi * (np.log(pi) - np.log(q))).sum(1).mean()
+    whole = (np.exp(student) * (student - teacher)).sum(1).mean()
+    judge = _Judge(seen, frozen)
+    assert judge.whole() == pytest.approx(whole, rel=1e-3)
+    tried = {
+        each.name: _tried(seen, frozen, each, {}, judge.whole())
+        for each in neighbours(seen)
+        if each.variable in ("", "support", "update route", "divergence")
+    }
+    assert tried["this run"].seen == pytest.approx(part / whole, rel=1e-3)
+    assert tried["this run"].seen < 0.95  # an untrained student's two likeliest are a few percent
+    assert tried["full vocabulary"].seen == pytest.approx(1.0, rel=1e-6)
+    by_k = [tried[f"student's top {k}, rest in a bucket"].seen for k in (4, 16)]
+    assert (part / whole if tail == "bucket" else 0.0) < by_k[0] < by_k[1] < 1.0
+    # another divergence or one sampled token is no part of this one
+    assert math.isnan(tried["sampled token, immediate credit"].seen)
+    assert math.isnan(tried["forward KL"].seen)
 
 
 def test_a_cosine_by_hand() -> None:
@@ -387,6 +648,102 @@ def test_an_end_token_that_the_two_disagree_on_is_named(tiny: Pilot) -> None:
     found = audited(tiny, planted)["ids that differ most"]
     assert found.found
     assert found.numbers["ids"][0][0] == 2
+
+
+def with_ratios(seen: Pilot, ratio: Callable[[Tensor, Tensor], Tensor]) -> Evidence:
+    """Evidence with so many nats at the tokens of a place, and an end token at every fourth."""
+    mask = seen.rollout.mask
+    place = torch.arange(mask.shape[1]).expand_as(mask)
+    tokens = torch.where(place % 4 == 3, 2, seen.rollout.tokens.clamp(min=3))
+    known = {"log_ratio": ratio(place, tokens)[mask].float()}
+    rows = {**row_numbers(seen)[0], **known}
+    return replace(_bare(seen), tokens=tokens, rows=rows)
+
+
+def test_where_the_two_say_the_same_no_id_is_named(tiny: Pilot) -> None:
+    """Of equal ids the lowest comes first, and the lowest ids are the special ones."""
+    alike = with_ratios(tiny, lambda place, _: torch.zeros_like(place))
+    found = audited(tiny, alike)["ids that differ most"]
+    assert found.numbers["ids"][0][::2] == [2, 0.0]
+    assert not found.found
+
+
+@pytest.mark.parametrize(("above", "named"), [(5.5, False), (6.5, True)])
+def test_an_end_token_has_to_differ_by_more_than_others_do(
+    tiny: Pilot, above: float, named: bool
+) -> None:
+    assert 5.5 < SPECIAL_IDS < 6.5
+    evidence = with_ratios(tiny, lambda _, tokens: torch.where(tokens == 2, -1.0 - above, 1.0))
+    found = audited(tiny, evidence)["ids that differ most"]
+    assert found.numbers["ids"][0][0] == 2
+    assert found.numbers["excess"] == pytest.approx(above, abs=1e-5)
+    assert found.found == named
+
+
+def test_a_special_id_of_few_rows_says_nothing(tiny: Pilot) -> None:
+    evidence = with_ratios(tiny, lambda place, tokens: torch.where(tokens == 2, -30.0, 1.0))
+    few = evidence.tokens.clone()
+    ends = torch.where((few == 2) & evidence.mask)
+    few[ends[0][4:], ends[1][4:]] = 3
+    assert math.isnan(special_excess(replace(evidence, tokens=few), {0, 1, 2}))
+    assert not audited(tiny, replace(evidence, tokens=few))["ids that differ most"].found
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "named"), [(3.1, 1.0, False), (0.9, 0.1, False), (9, 2, True)]
+)
+def test_a_first_token_stands_out_by_nats_and_not_by_a_ratio(
+    tiny: Pilot, first: float, later: float, named: bool
+) -> None:
+    """A task whose answers begin with what is still to be learnt has a ratio of 3 and more."""
+    evidence = with_ratios(tiny, lambda place, _: torch.where(place == 0, -first, later))
+    found = audited(tiny, evidence)["first token"]
+    assert found.numbers["first"] == pytest.approx(first, rel=1e-6)
+    assert found.numbers["later"] == pytest.approx(later, rel=1e-6)
+    assert found.found == named
+    assert (found.setting == "teacher.model") == named  # plain text: nothing is rendered
+
+
+LONGER = {
+    "name": "custom",
+    "objective": {"terms": [{"kind": "dense", "divergence": "reverse_kl"}]},
+    "views": [{"name": "teacher", "source": "teacher", "context": "{prompt}1"}],
+}
+
+
+def test_a_prompt_of_the_views_own_is_what_to_change_and_how(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, TEACHER, {"method": LONGER})
+    seen = look(open_session(run), SMALL)
+    evidence = with_ratios(seen, lambda place, _: torch.where(place == 0, -9.0, 1.0))
+    found = audited(seen, evidence)["first token"]
+    assert (found.found, found.setting) == (True, "method.views")
+
+    def proposed(status: str) -> Any:
+        judged = [
+            replace(each, status=status) if each.criterion == PRIVILEGE else each
+            for each in verdicts(evidence)
+        ]
+        return propose(seen, judged, [found], Gradients(), run)
+
+    assert proposed("fit").changes[0].value is None  # the context helps who reads it
+    proposal = proposed("unfit")
+    assert (proposal.changes[0].key, proposal.changes[0].value) == ("method.views", [])
+    file = tmp_path / "proposal.toml"
+    file.write_text(proposal.toml)
+    method = build_method(load(file))
+    assert [view.context for view in method.views] == [""]
+    assert method.objective == seen.method.objective
+
+
+def test_a_self_that_is_told_more_has_no_other_prompt_to_read(tmp_path: Path) -> None:
+    """Without what it is told it would be the student."""
+    told = {"name": "teacher", "source": "initial_student", "context": "{prompt}1"}
+    run = tiny_run(tmp_path, TEACHER, {"method": {**LONGER, "views": [told]}})
+    seen = look(open_session(run), SMALL)
+    evidence = with_ratios(seen, lambda place, _: torch.where(place == 0, -9.0, 1.0))
+    found = audited(seen, evidence)["first token"]
+    proposal = propose(seen, verdicts(evidence), [found], Gradients(), run)
+    assert (proposal.changes[0].key, proposal.changes[0].value) == ("method.views", None)
 
 
 def test_a_row_on_which_one_of_the_two_cannot_end_is_counted(tiny: Pilot) -> None:
@@ -514,13 +871,15 @@ def test_an_unwarmed_student_is_unfit_and_asks_for_a_warm_up() -> None:
 
 @pytest.mark.slow
 def test_a_teacher_that_is_the_student_has_nothing_to_tell(warmed: LoadedModel) -> None:
-    seen, _, found = judged(warmed, frozen_copy(warmed))
+    seen, evidence, found = judged(warmed, frozen_copy(warmed))
     information = found[INFORMATION]
     assert (information.status, information.name) == ("unfit", "something_to_learn")
     assert information.number == pytest.approx(0.0, abs=1e-5)
     assert information.setting == "teacher.model"
     assert found[STATE].name != "student_overlap_mass" or found[STATE].status == "fit"
-    proposal = propose(seen, list(found.values()), [], Gradients(), load())
+    interface = audits(seen, evidence, profiles(evidence), Gradients())
+    assert not [each.name for each in interface if each.found]
+    proposal = propose(seen, list(found.values()), interface, Gradients(), load())
     assert proposal.first == "teacher.model: the teacher says what the student says already"
 
 
@@ -530,20 +889,37 @@ def test_a_template_with_one_more_token_shows_at_the_first_token(
 ) -> None:
     file = tmp_path / "run.toml"
     default = load()
-    method = replace(
-        default.config.method,
-        name="custom",
-        objective={"terms": [{"kind": "dense", "divergence": "reverse_kl"}]},
-        views=[{"name": "teacher", "source": "teacher", "context": "{prompt}1"}],
-    )
+    method = replace(default.config.method, **LONGER)
     file.write_text(to_toml(replace(default.config, method=method)))
     run: Run = load(file)
-    evidence = gather(look(open_session(run, student=warmed), PilotSettings()))
-    spike = profiles(evidence).spike
-    healthy = profiles(judged(warmed)[1]).spike
-    assert healthy < 1 < FIRST_TOKEN < spike
-    privilege = verdicts(evidence)[2]
-    assert (privilege.status, privilege.setting) == ("unfit", "method.views")
+    seen = look(open_session(run, student=warmed), PilotSettings())
+    evidence = gather(seen)
+    healthy = audited(*judged(warmed)[:2])["first token"].numbers
+    planted = audited(seen, evidence)
+    numbers = planted["first token"].numbers
+    assert healthy["first"] - healthy["later"] < 0 < FIRST_TOKEN
+    assert numbers["first"] - numbers["later"] > 1.4 * FIRST_TOKEN
+    found = verdicts(evidence)
+    assert (found[2].status, found[2].setting) == ("unfit", "method.views")
+    changes = propose(seen, found, list(planted.values()), Gradients(), run).changes
+    assert (changes[0].key, changes[0].value) == ("method.views", [])
+
+
+@pytest.mark.slow
+def test_two_likeliest_tokens_without_the_rest_are_not_the_whole(
+    warmed: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly the same gradient, and half of the divergence."""
+    monkeypatch.setattr(pilot_gradients, "RESPONSES", 64)
+    seen = short_list(judged(warmed)[0], "renormalise")
+    tried = {**measured(seen, ""), **measured(seen, "support")}
+    own = tried["this run"]
+    assert own.cosine > 0.93
+    assert 0.5 < own.seen < 0.7
+    others = [each for name, each in tried.items() if name != "this run"]
+    best = _better(Gradients((replace(own, cosine=1.0), *others)))
+    assert best is not None
+    assert best.seen > 0.95
 
 
 # --------------------------------------------------------------------------------------------
@@ -562,6 +938,16 @@ def test_a_cheaper_or_better_support_is_offered_and_noise_is_not() -> None:
     assert offered(own, Neighbour("top", "support", dense_one, 0.99, 0.1)) == "top"
     assert offered(own, Neighbour("top", "support", dense_one, 0.5, 0.01)) is None
     assert offered(own, Neighbour("jsd", "divergence", dense_one, 0.99, 0.01)) is None
+    for variable in ("state source", "privilege", "regulariser", "gate"):
+        assert offered(own, Neighbour("other", variable, dense_one, 1.0, 0.01)) is None
+    short = replace(own, cosine=0.96, seen=0.6)
+    whole = Neighbour("full", "support", dense_one, 1.0, 0.3, seen=1.0)
+    assert offered(short, whole) == "full"
+    assert offered(replace(short, seen=0.97), whole) is None
+    assert offered(replace(short, seen=math.nan), whole) is None
+    assert offered(short, replace(whole, seconds=0.6)) is None
+    blind = Neighbour("top", "support", dense_one, 0.99, 0.1, seen=0.8)
+    assert offered(own, blind) is None
     noisy = Neighbour("this run", "", sampled, 0.7, 0.3)
     assert offered(noisy, Neighbour("dense", "update route", dense_one, 1.0, 0.3)) == "dense"
 

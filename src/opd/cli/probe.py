@@ -122,6 +122,8 @@ def _print(screen: Console, found: Probe, folder: Path) -> None:
     _heading(screen, f"audits: {len(bad)} of {len(found.audits)} found something")
     for audit in bad:
         screen.print(Text.assemble((f"  {audit.name}: ", "red"), audit.message), soft_wrap=True)
+    for shown in found.maps[:1]:
+        _heading(screen, f"where they disagree: {shown.words}")
     for note in found.pilot.session.notes:
         screen.print(f"note: {note}", soft_wrap=True)
     if found.steps is not None:

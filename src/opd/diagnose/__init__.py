@@ -61,6 +61,7 @@ from opd.diagnose.staleness import (
 )
 from opd.diagnose.update import (
     cosine,
+    disagreement_map,
     effective_share,
     explained_variance,
     gradient_proxy,
@@ -75,6 +76,7 @@ __all__ = [
     "calibration_error",
     "change_point",
     "cosine",
+    "disagreement_map",
     "dispersion_by_bin",
     "drift_budget",
     "effective_share",

@@ -87,6 +87,17 @@ def relative_bins(mask: Bool[Tensor, "B T"], bins: int) -> Int[Tensor, " N"]:
     return torch.div(place * bins, length, rounding_mode="floor")
 
 
+def rank_bins(values: Float[Tensor, " N"], bins: int) -> Int[Tensor, " N"]:
+    """Of every value, into which of so many equal parts of all it falls by its rank.
+
+    Equal values stay together, in the lowest part that one of them belongs to.
+    """
+    if bins < 1:
+        raise ConfigError(f"bins must be at least 1, got {bins}")
+    less = torch.searchsorted(values.sort().values, values)
+    return torch.div(less * bins, max(1, len(values)), rounding_mode="floor")
+
+
 def bin_means(
     values: Float[Tensor, " N"], bin_of: Int[Tensor, " N"], bins: int
 ) -> Float[Tensor, " bins"]:

@@ -14,6 +14,7 @@ from opd.diagnose.numbers import (
     check_paired,
     leading,
     mass,
+    rank_bins,
     relative_bins,
     share,
     wide,
@@ -22,6 +23,7 @@ from opd.errors import ConfigError
 
 __all__ = [
     "cosine",
+    "disagreement_map",
     "effective_share",
     "explained_variance",
     "gradient_proxy",
@@ -90,6 +92,38 @@ def top_share(size: Float[Tensor, "*n"], share: float = 0.01) -> float:
     count = math.ceil(Fraction(str(share)) * len(sizes))
     total = float(sizes.sum())
     return float(sizes.topk(count).values.sum()) / total if total else math.nan
+
+
+def disagreement_map(
+    student_entropy: Float[Tensor, " N"],
+    other: Float[Tensor, " N"],
+    disagreement: Float[Tensor, " N"],
+    bins: int = 4,
+) -> Float[Tensor, "2 bins bins"]:
+    """Where teacher and student disagree: on tokens that are open, or on those they are sure of.
+
+    Formula: of the cell (i, j) the share of the rows, and the share of the sum of |d|, with
+        floor(bins * rank / n) = i by the student's entropy and = j by the other number; rank: how
+        many rows have less, so equal ones stay together
+    Unit: shares of the rows, then of all |d|, each 1 in all; NaN without rows, or where nothing
+        disagrees; float64
+    Reading: by both entropies, the lowest bins those that are surest: much of |d| where both are
+        sure, two models that contradict each other, or an interface at fault; where only the
+        student is, confident errors; where only it is open, what it has to learn; where both are,
+        many ways to go on, and noise. By the entropy and |d| itself: rows of the last column are
+        the few that drive the update.
+    Action: gate or select tokens by entropy, clip where both are sure, a forward divergence where
+        the teacher is open, an audit of the interface
+    Cost: numbers that a probe or a look has: both entropies, and the reverse KL or the log ratio
+    Source: the entropy-disagreement map in Table 7 and section 7.1 of arXiv:2606.22793; the
+        measure is our own derivation
+    Id: grad_concentration
+    """
+    cell = rank_bins(student_entropy, bins) * bins + rank_bins(other, bins)
+    size = leading(wide(disagreement).abs())
+    sums = torch.stack([torch.ones_like(size), size])
+    found = torch.stack([torch.bincount(cell, weights=each, minlength=bins**2) for each in sums])
+    return (found / sums.sum(1, keepdim=True)).reshape(2, bins, bins)
 
 
 def _scaled(size: Tensor) -> Tensor:

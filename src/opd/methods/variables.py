@@ -37,7 +37,7 @@ SWITCHES = frozenset(
 def nine_variables(method: Method) -> dict[str, str]:
     """What a composition chose for each of the nine, in the survey's order."""
     terms = method.objective.terms
-    main = [term for term in terms if not _regularises(term)]
+    main = [term for term in terms if not regularises(term)]
     return {
         "state source": states_in_words(method.states),
         "feedback source": _feedback(method),
@@ -47,11 +47,12 @@ def nine_variables(method: Method) -> dict[str, str]:
         "temporal credit": _joined(_credit(term) for term in main),
         "gate / weight": _joined(_weight(term) for term in main),
         "vocabulary routing": _joined(_routing(term, main) for term in main),
-        "regulariser": _joined(_penalty(term) for term in terms if _regularises(term)),
+        "regulariser": _joined(_penalty(term) for term in terms if regularises(term)),
     }
 
 
-def _regularises(term: Term) -> bool:
+def regularises(term: Term) -> bool:
+    """Whether a term is there to hold the student, not to teach it."""
     return isinstance(term, Regulariser) or term.against == REFERENCE
 
 

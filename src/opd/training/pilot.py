@@ -176,7 +176,8 @@ def subject(method: Method, plan: Plan) -> str:
     Raises:
         ConfigError: the method compares with nobody.
     """
-    names = [view.name for view in plan.views if view.source != "initial_student"]
+    # the student at step 0 is nobody to learn from, unless it is told more
+    names = [view.name for view in plan.views if view.source != "initial_student" or view.context]
     against = [term.against for _, term in method.objective.parts() if term.against in names]
     found = [name for name in ("teacher", *against) if name in names]
     if not found:

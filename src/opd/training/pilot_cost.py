@@ -34,7 +34,7 @@ PIECES = ((2, 8), (2, 8), (8, 32), (32, 64))
 as long as the last was done in no time."""
 NO_TIME_S = 0.5
 """Seconds of a piece after which a larger one would cost too much."""
-GRADIENTS = 20
+GRADIENTS = 26
 """Forward and backward passes over the frozen batch: neighbours, credits, the verifier."""
 BACKWARD = 3
 """Forward passes that a forward and a backward one are worth."""
@@ -94,8 +94,10 @@ def cost_of_probe(session: Session, settings: PilotSettings, steps_asked: int = 
         if spent > NO_TIME_S:
             break
     full = _width(session, settings.responses)
-    continued = len(DEPTHS) * _width(session, settings.continued)
-    frozen = GRADIENTS * _width(session, min(RESPONSES, settings.responses))
+    judged = _width(session, min(RESPONSES, settings.responses))
+    # and the teacher's answers to the prompts of the frozen batch
+    continued = len(DEPTHS) * _width(session, settings.continued) + judged
+    frozen = GRADIENTS * judged
     warmup = session.config.warmup
     by_warmup = warmup.steps * _width(session, warmup.prompts_per_step)
     trained = steps_asked * _width(session, _per_step(session))

@@ -7,7 +7,7 @@ needs no threshold, or one whose bound stands here with its origin.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from opd.data.chat import encode_prompts, encode_rendered, render_chat
 from opd.diagnose import excess_id_ratio, retokenised_share
 from opd.diagnose.evidence import Evidence
+from opd.diagnose.numbers import mean, places
 from opd.diagnose.profiles import Profiles
 from opd.diagnose.staleness import log_mismatch
 from opd.errors import OpdError
@@ -25,7 +26,7 @@ from opd.training import conflict
 from opd.training.pilot import Pilot, scored
 from opd.training.pilot_gradients import Gradients
 from opd.training.teachers import Served
-from opd.types import Prompt
+from opd.types import Prompt, with_parts
 
 ENGINE_NOISE = 1e-3
 """Nats between sampler and learner: the built-in sampler in float32 has 1e-6, and what is above
@@ -33,10 +34,15 @@ this is no rounding of that precision; M, benchmarks/results/probe.json."""
 PLUMBING = 1e-2
 """Share of the run's gradient that may be left where the student is its own teacher: the embedded
 default has 0; M, benchmarks/results/probe.json."""
-FIRST_TOKEN = 2.5
-"""Times the |log ratio| of later tokens: the embedded default has 0.25, a student that has learnt
-nothing 1.1, and a teacher whose prompt ends in one more token 5.0; M,
-benchmarks/results/probe.json."""
+FIRST_TOKEN = 5.0
+"""Nats by which the |log ratio| of first tokens exceeds that of later ones: of three tasks 2.2 and
+less where nothing is wrong, 2.3 of a student that has learnt nothing, and 7.8 and more where the
+teacher's prompt ends in one more token. Their ratio does not tell them apart: where later tokens
+agree well, a first one that is still to be learnt stands out. M, benchmarks/results/probe.json."""
+SPECIAL_IDS = 6.0
+"""Nats by which the |log ratio| of a special or end token exceeds that of all others: of three
+tasks 1.9 and less where the two end alike, 10 and more where the teacher's end token has another
+id; M, benchmarks/results/probe.json."""
 LISTED = 5
 """Ids with the largest mean |log ratio|."""
 SEEN = 5
@@ -73,7 +79,7 @@ def audits(
         _temperature(pilot),
         _ids(pilot, evidence),
         *_ends(pilot, evidence),
-        _first_token(along),
+        _first_token(pilot, evidence, along),
         _engine(evidence),
         *_own_teacher(gradients),
         *_conflict(pilot),
@@ -238,8 +244,10 @@ def _ids(pilot: Pilot, evidence: Evidence) -> Audit:
     tokenizer = pilot.session.tokenizer
     everything = excess_id_ratio(ratio[known], tokens[known], len(set(tokens.tolist())))
     top = [each for each in everything if each[1] >= SEEN][:LISTED]
-    special = set(tokenizer.all_special_ids) | set(pilot.session.student.loaded.eos_ids)
-    worst = bool(top) and top[0][0] in special
+    special = special_ids(pilot)
+    excess = special_excess(evidence, special)
+    # of ids that differ alike, by nothing for one, some id is the first all the same
+    worst = bool(top) and top[0][0] in special and excess > SPECIAL_IDS
     listed = ", ".join(
         f"{tokenizer.decode([token])!r} {size:.2g} nats in {count} rows"
         for token, count, size in top
@@ -249,13 +257,33 @@ def _ids(pilot: Pilot, evidence: Evidence) -> Audit:
         worst,
         listed
         + (
-            ": the first is a special or end token, so the two end or mark text differently"
+            f": the first is a special or end token, {excess:.2g} nats above all others, so the "
+            "two end or mark text differently"
             if worst
             else ""
         ),
         "method.merge_stop_ids" if worst else "",
-        {"ids": [list(each) for each in top]},
+        {"ids": [list(each) for each in top], "excess": excess},
     )
+
+
+def special_ids(pilot: Pilot) -> frozenset[int]:
+    """Ids that mark or end text, by the tokenizer or by the student."""
+    tokenizer, student = pilot.session.tokenizer, pilot.session.student.loaded
+    return frozenset(tokenizer.all_special_ids) | frozenset(student.eos_ids)
+
+
+def special_excess(evidence: Evidence, special: Collection[int]) -> float:
+    """The largest mean |log ratio| of a special id less that of all other ids, in nats.
+
+    NaN where none is seen often enough.
+    """
+    size, tokens = evidence.row("log_ratio").abs(), evidence.tokens[evidence.mask]
+    known = ~size.isnan()
+    of_ids = [known & (tokens == token) for token in special]
+    seen = [mean(size[rows]) for rows in of_ids if int(rows.sum()) >= SEEN]
+    marks = torch.isin(tokens, torch.tensor(sorted(special)))
+    return max(seen) - mean(size[known & ~marks]) if seen else math.nan
 
 
 def _ends(pilot: Pilot, evidence: Evidence) -> Iterator[Audit]:
@@ -280,17 +308,32 @@ def _ends(pilot: Pilot, evidence: Evidence) -> Iterator[Audit]:
     )
 
 
-def _first_token(along: Profiles) -> Audit:
+def _first_token(pilot: Pilot, evidence: Evidence, along: Profiles) -> Audit:
     """Whether answers begin otherwise than the teacher expects: a header, or thinking first."""
-    bad = along.spike > FIRST_TOKEN
+    first, later = first_and_later(evidence)
+    bad = first - later > FIRST_TOKEN
+    views = with_parts([pilot.view], pilot.method.views)
+    if any(view.context or view.chat_template_kwargs for view in views):
+        setting, why = "method.views", ": it reads a prompt of its own"
+    elif any(prompt.messages for prompt in pilot.rollout.prompts):
+        setting, why = "data.chat_template_kwargs", ": compare the rendered prompts"
+    else:  # nothing is rendered
+        setting, why = "teacher.model", ", although it reads what the student reads"
     return Audit(
         "first token",
         bad,
-        f"|log ratio| is {along.spike:.2g} times that of later tokens"
-        + ("; the teacher expects another beginning: compare the rendered prompts" if bad else ""),
-        "data.chat_template_kwargs" if bad else "",
-        {"first_token_spike": along.spike},
+        f"|log ratio| is {first:.2g} nats at the first token and {later:.2g} at later ones"
+        + (f"; the teacher expects another beginning{why}" if bad else ""),
+        setting if bad else "",
+        {"first": first, "later": later, "first_token_spike": along.spike},
     )
+
+
+def first_and_later(evidence: Evidence) -> tuple[float, float]:
+    """The mean |log ratio| of first tokens, and that of all others, in nats."""
+    size, (place, _) = evidence.row("log_ratio").abs(), places(evidence.mask)
+    known = ~size.isnan()
+    return mean(size[known & (place == 0)]), mean(size[known & (place > 0)])
 
 
 def _engine(evidence: Evidence) -> Audit:

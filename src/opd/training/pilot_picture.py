@@ -1,12 +1,14 @@
-"""The picture of a probe: four panels, one file."""
+"""The picture of a probe: six panels, one file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from opd.diagnose import align_auc, quantiles
 from opd.diagnose.evidence import Evidence
+from opd.diagnose.maps import DisagreementMap
 from opd.diagnose.profiles import BINS, Profiles
 from opd.training.curves import AMBER, GREY, INK, TEAL
 from opd.training.folder import disk_advice
@@ -14,15 +16,20 @@ from opd.training.pilot_gradients import Gradients
 
 
 def draw_probe(
-    file: Path, evidence: Evidence, along: Profiles, gradients: Gradients, title: str
+    file: Path,
+    evidence: Evidence,
+    along: Profiles,
+    maps: Sequence[DisagreementMap],
+    gradients: Gradients,
+    title: str,
 ) -> None:
-    """Write probe.png: along the answers, log ratios, neighbours, and the teacher's rescues."""
+    """Write probe.png: along the answers, log ratios, neighbours, rescues, and maps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    figure, axes = plt.subplots(2, 3, figsize=(16, 7.6), constrained_layout=True)
     twin = _along(axes[0, 0], along)
     _ratios(axes[0, 1], evidence)
     _neighbours(axes[1, 0], gradients)
@@ -30,6 +37,11 @@ def draw_probe(
         _rescues(axes[1, 1], evidence)
     else:
         _aligned(axes[1, 1], evidence)
+    for axis, shown in zip(axes[:, 2], (*maps, None, None), strict=False):
+        if shown is None:
+            axis.set_axis_off()
+        else:
+            _map(axis, shown)
     for axis in (*axes.flat, twin):
         axis.spines[["top"]].set_visible(False)
         axis.tick_params(which="both", labelsize=8, colors=INK)
@@ -142,3 +154,45 @@ def _aligned(axis: Any, evidence: Evidence) -> None:
             title_fontsize=8,
         )
     _titled(axis, "answers by outcome", "mean log ratio, nats")
+
+
+NAMED = {
+    "teacher_entropy": "the teacher's entropy",
+    "reverse_kl": "their reverse KL",
+    "log_ratio": "the size of their log ratio",
+}
+
+
+def _map(axis: Any, shown: DisagreementMap) -> None:
+    """Shares of the disagreement as shades, with those of the tokens below."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list("shares", ["white", TEAL])
+    shares, tokens = shown.disagreement, shown.tokens
+    most = max(map(max, shares))
+    axis.imshow(shares, cmap=shades, origin="lower", aspect="auto", vmin=0, vmax=most or 1)
+    for row, of_row in enumerate(shares):
+        for column, share in enumerate(of_row):
+            axis.annotate(
+                f"{share:.0%}\n({tokens[row][column]:.0%})",
+                (column, row),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if share > 0.6 * most else INK,
+            )
+    quarters = range(len(shares))
+    axis.set_xticks(quarters, _quarters(shown.column_edges))
+    axis.set_yticks(quarters, _quarters(shown.student_edges))
+    axis.set_ylabel("the student's entropy, nats", fontsize=8, color=INK)
+    _titled(
+        axis,
+        f"share of {NAMED[shown.of]} (of the tokens)",
+        f"{NAMED[shown.columns]}, nats",
+    )
+
+
+def _quarters(edges: Sequence[float]) -> list[str]:
+    """Between which values each quarter lies."""
+    low, high = ["0", *(f"{edge:.2g}" for edge in edges)], [f"{edge:.2g}" for edge in edges]
+    return [f"{a} - {b}" for a, b in zip(low, high, strict=False)] + [f"> {high[-1]}"]

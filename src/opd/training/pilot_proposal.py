@@ -15,6 +15,7 @@ from typing import Any
 from opd.diagnose.verdicts import (
     ALIGNMENT,
     DOUBTFUL,
+    FIT,
     INFORMATION,
     PRIVILEGE,
     ROUTABILITY,
@@ -30,14 +31,17 @@ from opd.objective import Dense, Method, Objective, Sampled
 from opd.spec import objective_to_tree, states_to_tree, views_to_tree
 from opd.training.config import Run, from_tree, overridden, to_toml
 from opd.training.pilot import Pilot
-from opd.training.pilot_gradients import Gradients, Neighbour
+from opd.training.pilot_gradients import Gradients, Neighbour, without_context
 from opd.training.pilot_interface import Audit
-from opd.types import Bound
+from opd.types import Bound, with_parts
 
 AS_GOOD = 0.95
 """Cosine with the full gradient from which a cheaper objective is offered as the same one: the
 embedded default's top-4 list has 0.997, its sampled token 0.72; M,
-benchmarks/results/probe.json."""
+benchmarks/results/probe.json. And the share of the run's divergence that its list of tokens sees,
+from which it stands for the whole: the gradient of a reverse KL weighs a token by the student's
+probability, so the first step of a list of the student's likeliest is nearly the whole one's, while
+what the list leaves out pulls at no step."""
 TIMING_NOISE = 1.5
 """Ratio of two costs below which they are equal: one objective timed twice on a shared machine
 differs by a third; M, benchmarks/results/probe.json."""
@@ -120,21 +124,44 @@ def _settings(
     """The interface first: while tokens mean different things no other number can be trusted."""
     for audit in audits:
         if audit.found:
-            yield Change(audit.setting, _mended(pilot, audit), f"{audit.name}: {audit.message}")
+            useful = by_name[PRIVILEGE].status == FIT
+            value = _mended(pilot, audit, keep_contexts=useful)
+            yield Change(audit.setting, value, f"{audit.name}: {audit.message}")
     for status in (UNFIT, DOUBTFUL):
         for name in (STATE, INFORMATION, PRIVILEGE, STABILITY):
             if by_name[name].status == status:
                 yield from _of_verdict(pilot, by_name[name], run)
 
 
-def _mended(pilot: Pilot, audit: Audit) -> Any:
-    """The value that mends what an audit found; None where it is not for a probe to say."""
+def _mended(pilot: Pilot, audit: Audit, *, keep_contexts: bool) -> Any:
+    """The value that mends what an audit found; None where it is not for a probe to say.
+
+    Args:
+        keep_contexts: because they help who reads them.
+    """
+    if audit.setting == "method.views" and not keep_contexts:
+        return _plain_views(pilot)
     if audit.setting == "method.merge_stop_ids" and len(pilot.session.student.loaded.eos_ids) > 1:
         return True
     off = audit.numbers.get("sampler") != audit.numbers.get("objective")
     if audit.setting == "sampler.temperature" and off:
         return pilot.temperature
     return None
+
+
+def _plain_views(pilot: Pilot) -> list[dict[str, Any]] | None:
+    """The views, none of them behind the teacher's with a prompt of its own; None where one of
+    those would then be the student."""
+    method = pilot.session.phases[-1].method
+    behind = [
+        view
+        for view in with_parts([pilot.view], method.views)
+        if view.context or view.chat_template_kwargs
+    ]
+    if any(view.source != "teacher" for view in behind):
+        return None
+    views = tuple(without_context(view) if view in behind else view for view in method.views)
+    return views_to_tree(replace(method, views=views))
 
 
 def _of_verdict(pilot: Pilot, verdict: Verdict, run: Run) -> Iterator[Change]:
@@ -169,7 +196,12 @@ def _objective(
                 "method.objective",
                 objective_to_tree(objective),
                 f"{better.name}: cosine {better.cosine:.2f} at {better.seconds:.2g} CPU-s in "
-                f"place of {own.cosine:.2f} at {own.seconds:.2g}",
+                f"place of {own.cosine:.2f} at {own.seconds:.2g}"
+                + (
+                    f"; this run's list sees {own.seen:.0%} of the divergence"
+                    if own.seen < AS_GOOD
+                    else ""
+                ),
             )
         )
     unroutable = by_name[ROUTABILITY].status == UNFIT
@@ -195,17 +227,21 @@ def _better(gradients: Gradients) -> Neighbour | None:
     """A neighbour with the same gradient for clearly less, or a clearly better one for the same.
 
     Only of support and route: other variables change what is aimed at, not how well it is hit.
+    The same gradient at one step is not the same aim: a list has to see the divergence as well.
     """
     offered = [
         each
         for each in gradients.neighbours
-        if each.variable in ("support", "update route") and each.cosine >= AS_GOOD
+        if each.variable in ("support", "update route")
+        and each.cosine >= AS_GOOD
+        and not each.seen < AS_GOOD
     ]
     if not offered or not gradients.neighbours:
         return None
     own = _own(gradients)
     best = max(offered, key=lambda each: each.per_second)
-    nearer = own.cosine < AS_GOOD and best.seconds < TIMING_NOISE * own.seconds
+    short = own.cosine < AS_GOOD or own.seen < AS_GOOD
+    nearer = short and best.seconds < TIMING_NOISE * own.seconds
     cheaper = TIMING_NOISE * best.seconds < own.seconds
     return best if nearer or cheaper else None
 

@@ -15,12 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from opd.diagnose.evidence import Evidence
+from opd.diagnose.maps import DisagreementMap, disagreement_maps
 from opd.diagnose.profiles import Profiles, profiles
 from opd.diagnose.verdicts import THRESHOLDS, Verdict, verdicts
 from opd.errors import ConfigError
 from opd.models import LoadedModel
 from opd.objective import Objective
-from opd.spec import objective_to_tree
+from opd.spec import objective_to_tree, states_to_tree
 from opd.training.config import Run
 from opd.training.folder import disk_advice, plain, write_text
 from opd.training.pilot import Doing, Pilot, PilotSettings, gather, look, nothing, quiet, warm_up
@@ -31,7 +32,7 @@ from opd.training.pilot_picture import draw_probe
 from opd.training.pilot_proposal import Proposal, propose
 from opd.training.pilot_steps import Steps, take_steps
 from opd.training.session import Session, open_session
-from opd.types import Teacher
+from opd.types import StateSource, Teacher
 
 REPORT, PICTURE, PROPOSAL = "probe.json", "probe.png", "proposal.toml"
 
@@ -41,6 +42,7 @@ class Probe:
     """All that a probe knows.
 
     Attributes:
+        maps: where the two disagree, by how sure they are.
         cost: of the probe itself, as it was said before.
         plan: cost of the run as planned.
         steps: what the first steps did, where they were asked for.
@@ -54,6 +56,7 @@ class Probe:
     proposal: Proposal
     audits: tuple[Audit, ...]
     along: Profiles
+    maps: tuple[DisagreementMap, ...]
     gradients: Gradients
     cost: ProbeCost
     plan: PlanCost
@@ -114,6 +117,7 @@ def probe(
         proposal,
         interface,
         along,
+        disagreement_maps(evidence),
         gradients,
         cost,
         plan,
@@ -182,7 +186,7 @@ def _write(found: Probe, folder: Path) -> None:
     write_text(folder / PROPOSAL, found.proposal.toml)
     title = f"{found.run.source}: {found.proposal.first}"
     short = title if len(title) < 120 else f"{title[:117]}..."
-    draw_probe(folder / PICTURE, found.evidence, found.along, found.gradients, short)
+    draw_probe(folder / PICTURE, found.evidence, found.along, found.maps, found.gradients, short)
     report = json.dumps(as_tree(found), indent=2, ensure_ascii=False)
     write_text(folder / REPORT, report + "\n")
 
@@ -224,6 +228,7 @@ def as_tree(found: Probe) -> dict[str, Any]:
             for each in evidence.recoveries
         ],
         "along": _plain(found.along),
+        "maps": _plain(found.maps),
         "gradients": _plain(found.gradients),
         "credit_noise_to_signal": {
             each.name: each.noise_to_signal for each in found.gradients.credits
@@ -247,6 +252,8 @@ def _plain(value: Any) -> Any:
     """Dataclasses, mappings and paths as what JSON knows."""
     if isinstance(value, Objective):
         return _plain(objective_to_tree(value))
+    if isinstance(value, StateSource):
+        return _plain(states_to_tree(value))
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
