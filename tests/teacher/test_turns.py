@@ -153,7 +153,7 @@ def test_a_model_from_the_host_works_on_a_copy_and_its_head_outlives_the_turn() 
     assert torch.equal(reply.hidden, own.hidden)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("keep", ["host", "disk"])
+@pytest.mark.parametrize("keep", [pytest.param("host", marks=pytest.mark.slow), "disk"])
 def test_where_teachers_are_kept_changes_no_weight(tmp_path: Path, keep: str) -> None:
     run = tiny_run(tmp_path / "device", TWO)
     finish(run)

@@ -217,7 +217,7 @@ def test_act_may_stop_at_one_alarm(tmp_path: Path) -> None:
     assert RunFolder(tmp_path / "run").read_summary()["exit_reason"] == "alarm: noise_teacher"
 
 
-@pytest.mark.parametrize("reports", [3, 6])
+@pytest.mark.parametrize("reports", [pytest.param(3, marks=pytest.mark.slow), 6])
 def test_alarms_survive_a_resume(reports: int, tmp_path: Path) -> None:
     """Killed before the alarm, and after it has lowered the rate."""
     act = {"monitor": {"on_alarm": "act", "act": {"noise_teacher": "lower_rate"}}}

@@ -225,12 +225,17 @@ def loss_of(report: Any) -> dict[str, float]:
     "words",
     [
         ["reverse_kl_opd"],
-        ["reverse_kl_opd", "--teacher.client.tokens_per_request", "100"],
-        ["top_k_opd", "--method.options.k", "8"],
+        pytest.param(
+            ["reverse_kl_opd", "--teacher.client.tokens_per_request", "100"], marks=pytest.mark.slow
+        ),
+        pytest.param(["top_k_opd", "--method.options.k", "8"], marks=pytest.mark.slow),
         ["top_k_opd", "--method.options.k", "8", "--teacher.reply", "hidden"],
-        ["forward_top_k_opd", "--method.options.k", "8", "--teacher.reply", "entries"],
+        pytest.param(
+            ["forward_top_k_opd", "--method.options.k", "8", "--teacher.reply", "entries"],
+            marks=pytest.mark.slow,
+        ),
         ["sampled_token_opd"],
-        ["vopd", "--teacher.client.compress", "true"],
+        pytest.param(["vopd", "--teacher.client.compress", "true"], marks=pytest.mark.slow),
     ],
     ids=lambda words: " ".join(words),
 )

@@ -130,6 +130,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], d
     return find
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_many_instants_ends_bit_identical(
     tmp_path: Path, uninterrupted: Callable[[str], dict[str, Any]]
 ) -> None:
