@@ -374,6 +374,29 @@ def scored(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return judged
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every case, as Markdown."""
+    lines = ["| mistake | the first proposal | before | after | raised |", "|---|---|---|---|---|"]
+    last = ""
+    for row in rows:
+        if "before" in row:
+            after = _words(row["after"]) if row["after"] else _not_made(row)
+            answer = "yes, apart" if row["apart"] else "yes" if row["raised"] else "no"
+            first = row["first"].partition(":")[0].replace("|", "\\|")
+            case = f"{row['case']} ({row['task']})"
+            cells = (case, f"`{first}`", _words(row["before"]), after, answer)
+            lines.append(f"| {' | '.join(cells)} |")
+        elif "runs" in row:
+            last = (
+                f"Raised in {row['raised']} of {row['runs']} runs, beyond both 95 % intervals in "
+                f"{row['apart']}."
+            )
+    healthy = "; ".join(
+        f"{row['task']} {row['accuracy']['value']:.3f}" for row in rows if "accuracy" in row
+    )
+    return "\n".join([*lines, "", f"{last} Without a mistake: {healthy}."])
+
+
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     drawn = Table("mistake", "the probe's first proposal", "before", "after", "raised")
     reference = Table("without a mistake", "accuracy")
@@ -415,7 +438,7 @@ def _words(score: Mapping[str, Any]) -> str:
 
 def main() -> None:
     words = parser("Does following the first proposal of a probe raise the accuracy?")
-    words.add_argument("--part", default="1/1", help="of the runs, such as 1/2 on one of two cores")
+    words.add_argument("--part", default="1/1", help="of the runs: 1/2 on one of two cores")
     words.add_argument("--only", action="append", default=[], help="a case; several times")
     options = words.parse_args()
     one_thread()

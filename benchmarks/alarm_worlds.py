@@ -46,6 +46,7 @@ class World:
         fixing: strengths with which thresholds are fixed.
         testing: strengths with which figures are made.
         task: whose warm start and prompts.
+        seeds: at most so many of each group.
     """
 
     name: str
@@ -55,6 +56,7 @@ class World:
     fixing: tuple[float, ...] = (1.0,)
     testing: tuple[float, ...] = (1.0,)
     task: str = "sort"
+    seeds: int = 20
 
 
 # --------------------------------------------------------------------------------------------
@@ -349,6 +351,13 @@ def merged(*trees: Changes) -> dict[str, Any]:
     return both
 
 
+SAME = {
+    "method": {
+        "name": "custom",
+        "objective": {"terms": [{"kind": "dense", "divergence": "reverse_kl"}]},
+        "views": [{"name": "teacher", "source": "teacher", "context": "{prompt}"}],
+    }
+}
 REPLAY = custom(
     {"kind": "dense", "divergence": {"use": "skew_forward_kl", "skew": 0.1}},
     states={"student": 0.5, "replay": 0.5, "replay_steps": 8},
@@ -392,6 +401,8 @@ HEALTHY = (
     World("cr_opd", changes={"method": {"name": "cr_opd"}, "train": {"learning_rate": 3e-4}}),
     World("replay", changes=REPLAY),
     World("add", task="add"),
+    World("context", changes=SAME),
+    World("to the end", changes={"train": {"steps": 320}}, seeds=2),
     World("golden set", changes=merged(GOLDEN, {"train": {"learning_rate": 3e-4}})),
 )
 
@@ -404,7 +415,7 @@ FAULTS = (
           fixing=(0.0, 1.0), testing=(2.0, 3.0)),
     World("permuted vocabulary", ("misaligned_events",), plant=permuted,
           fixing=(1.0, 0.6), testing=(0.8, 0.4)),
-    World("teacher out of its domain", ("misaligned_events", "teacher_out_of_domain"),
+    World("teacher out of its domain", ("teacher_out_of_domain", "misaligned_events"),
           changes={"teacher": {"model": "builtin:add-teacher"}}),
     World("noise teacher", ("noise_teacher",), plant=noise,
           fixing=(1.0, 0.9), testing=(0.95, 0.8)),

@@ -1,10 +1,12 @@
 """Alarms: which planted faults they name, and whether healthy runs are silent.
 
-Every run is 40 steps of 32 prompts, from a warm start that the runs of a task share. Thresholds
-are fixed on seeds 0 to 19; the figures come from seeds of 100 and more, and from strengths of the
-faults that were not used for fixing. What each step measured of what the alarms read is kept in
-`results/alarms/`, a file per run, so that a run that is there is not made again and `--quick`
-scores the kept ones anew in seconds. `benchmarks/alarm_worlds.py` says what is planted.
+Every run is 40 steps of 32 prompts, from a warm start that the runs of a task share (some healthy
+ones go on to the end of the embedded default). Thresholds are fixed on seeds below 20: halfway
+between the nearest healthy run and the nearest run of the alarm's own faults. The figures come from
+seeds of 100 and more, and from strengths of the faults that were not used for fixing. What each
+step measured of what the alarms read is kept in `results/alarms/`, a file per run, so that a run
+that is there is not made again and `--quick` scores the kept ones anew in seconds.
+`benchmarks/alarm_worlds.py` says what is planted.
 
     python benchmarks/alarms.py [--quick] [--json FILE] [--result FILE]
     python benchmarks/alarms.py --only "stale sampler" --seeds 1
@@ -65,7 +67,7 @@ def planned(seeds: int, only: Sequence[str]) -> Iterator[Planned]:
         for world in (*HEALTHY, *FAULTS):
             if only and world.name not in only:
                 continue
-            count = HEALTHY_SEEDS if not world.alarms else FAULT_SEEDS
+            count = min(world.seeds, FAULT_SEEDS if world.alarms else HEALTHY_SEEDS)
             for strength in getattr(world, strengths):
                 for seed in range(first, first + min(seeds, count)):
                     yield Planned(world, strength, seed)
@@ -208,18 +210,19 @@ def limits(runs: Sequence[Planned]) -> list[dict[str, Any]]:
     """By alarm, how near the healthy runs of fixing come, and where its own faults are."""
     rows = []
     for name, (side, threshold, _) in THRESHOLDS.items():
-        near = max if side == "above" else min
-        far = min if side == "above" else max
+        near, far = (max, min) if side == "above" else (min, max)
         healthy = _all(runs, name, lambda world: not world.alarms)
         faults = _all(runs, name, lambda world, own=name: world.alarms[:1] == (own,))
+        ends = (near(healthy) if healthy else None, far(faults) if faults else None)
         rows.append(
             {
                 "case": f"threshold of {name}",
                 "system": "opd",
                 "side": side,
                 "threshold": threshold,
-                "healthy": near(healthy) if healthy else None,
-                "faults": far(faults) if faults else None,
+                "healthy": ends[0],
+                "faults": ends[1],
+                "halfway": (near(healthy) + far(faults)) / 2 if healthy and faults else None,
             }
         )
     return rows
@@ -233,7 +236,7 @@ def _all(runs: Sequence[Planned], name: str, chosen: Any) -> list[float]:
 def main() -> None:
     words = parser("Which faults the alarms name, and whether healthy runs are silent.")
     words.add_argument("--seeds", type=int, default=20, help="at most so many of each group")
-    words.add_argument("--part", default="1/1", help="of the runs, such as 1/2 on one of two cores")
+    words.add_argument("--part", default="1/1", help="of the runs: 1/2 on one of two cores")
     words.add_argument("--only", action="append", default=[], help="a world; several times")
     options = words.parse_args()
     one_thread()
@@ -271,9 +274,48 @@ def scored(plans: Sequence[Planned]) -> list[dict[str, Any]]:
     return [*rows, *limits(fixing)]
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the runs that fix nothing come to, then the thresholds."""
+    others = [row for row in rows if row["case"].endswith(", others")]
+    healthy = [row for row in others if row["recall"] is None]
+    faults = [row for row in others if row["recall"] is not None]
+    runs, silent = (sum(row[key] for row in healthy) for key in ("runs", "silent"))
+    planted, named = (sum(row[key] for row in faults) for key in ("runs", "named"))
+    lines = [
+        f"{silent} of {runs} healthy runs of {len(healthy)} kinds ended without an alarm; of "
+        f"{planted} runs with a planted fault {named} ({named / max(1, planted):.1%}) were given "
+        "an alarm that names it.",
+        "",
+        "| planted fault | runs | named | first step, median | also given |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for row in faults:
+        also = ", ".join(f"`{name}` {count}" for name, count in row["others"].items())
+        name = row["case"].partition(",")[0]
+        lines.append(
+            f"| {name} | {row['runs']} | {row['named']} | {row['first_step'] or '-'} | {also} |"
+        )
+    lines += [
+        "",
+        f"Healthy kinds: {', '.join(row['case'].removesuffix(', others') for row in healthy)}.",
+    ]
+    lines += [
+        "",
+        "| alarm | given | nearest healthy run | nearest of its faults | halfway |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        if "threshold" in row:
+            name = row["case"].removeprefix("threshold of ")
+            ends = (row["healthy"], row["faults"], row["halfway"])
+            told = " | ".join("-" if end is None else f"{end:.3g}" for end in ends)
+            lines.append(f"| `{name}` | {row['side']} {row['threshold']:g} | {told} |")
+    return "\n".join(lines)
+
+
 def show(table: Sequence[Mapping[str, Any]]) -> None:
     drawn = Table("case", "runs", "named", "silent", "first step", "other alarms")
-    bounds = Table("alarm", "given", "nearest healthy run", "nearest fault")
+    bounds = Table("alarm", "given", "nearest healthy run", "nearest fault", "halfway")
     for row in table:
         if "runs" in row:
             others = ", ".join(f"{name} {count}" for name, count in row["others"].items())
@@ -281,7 +323,7 @@ def show(table: Sequence[Mapping[str, Any]]) -> None:
             first = "" if row["first_step"] is None else str(row["first_step"])
             drawn.add_row(row["case"], str(row["runs"]), named, str(row["silent"]), first, others)
         else:
-            ends = (row["healthy"], row["faults"])
+            ends = (row["healthy"], row["faults"], row["halfway"])
             told = ("-" if end is None else f"{end:.3g}" for end in ends)
             where = f"{row['side']} {row['threshold']:g}"
             bounds.add_row(row["case"].removeprefix("threshold of "), where, *told)

@@ -33,7 +33,7 @@ from opd.diagnose.records import Gathered
 from opd.training import loop
 from opd.training.config import load
 
-STEPS, QUICK_STEPS = 320, 15
+STEPS, QUICK_STEPS = 120, 15
 METHODS = ("reverse_kl_opd", "sampled_token_opd")
 
 

@@ -1,4 +1,4 @@
-"""Put the committed results into the tables of the README and of two pages on teachers.
+"""Put the committed results into the tables of the README and of the pages.
 
     python benchmarks/readme_tables.py
 
@@ -14,12 +14,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import advice
+import alarms
 import default_run
+import failures
 import two_teachers
 
 PAGES = tuple(
     Path(__file__).parents[1] / name
-    for name in ("README.md", "docs/teachers.md", "docs/several_teachers.md")
+    for name in (
+        "README.md",
+        "docs/failures.md",
+        "docs/probe.md",
+        "docs/results/alarms.md",
+        "docs/several_teachers.md",
+        "docs/teachers.md",
+    )
 )
 RESULTS = Path(__file__).parent / "results"
 
@@ -133,7 +143,10 @@ def _teacher(rows: Rows) -> str:
 _PARTS = ("parse ", "score ", "64 ", "V ")
 
 _TABLES: Mapping[str, Callable[[Rows], str]] = {
+    "advice": advice.table,
+    "alarms": alarms.markdown,
     "default_run": _accuracy,
+    "failures": failures.table,
     "head": _head,
     "teacher": _teacher,
     "two_teachers": two_teachers.table,

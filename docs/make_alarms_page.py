@@ -71,9 +71,10 @@ the functions.
 ALARMS = """\
 ## Alarms
 
-`opd list alarms` shows them too. A threshold of preliminary origin comes from a few runs of the
-embedded tasks, of one seed, in which the failures were planted (`benchmarks/alarm_worlds.py`): read
-it as a hint, and set your own by the healthy runs of your models.
+`opd list alarms` shows them too. Thresholds lie halfway between healthy runs of the embedded tasks
+and runs with a planted fault; [how they did](results/alarms.md) on other seeds and other strengths.
+Models of another size have other numbers: look at your healthy runs first, and put what does not
+fit into `monitor.off`.
 """
 
 
