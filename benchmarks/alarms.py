@@ -41,6 +41,8 @@ FIXING, TESTING = 0, 100
 """First seeds of the two groups."""
 FAULT_SEEDS, HEALTHY_SEEDS = 3, 7
 """Seeds of each group: of a fault at every strength, of a healthy kind."""
+RATIOS = ("entropy_collapse", "length_collapse")
+"""Alarms whose number is a ratio, with 1 as the number of a run that changes nothing."""
 DIGITS = 4
 """Significant digits of what is kept."""
 
@@ -222,10 +224,17 @@ def limits(runs: Sequence[Planned]) -> list[dict[str, Any]]:
                 "threshold": threshold,
                 "healthy": ends[0],
                 "faults": ends[1],
-                "halfway": (near(healthy) + far(faults)) / 2 if healthy and faults else None,
+                "halfway": halfway(name, near(healthy), far(faults))
+                if healthy and faults
+                else None,
             }
         )
     return rows
+
+
+def halfway(name: str, healthy: float, fault: float) -> float:
+    """Where the threshold belongs; of ratios on the scale of their logarithms."""
+    return math.sqrt(healthy * fault) if name in RATIOS else (healthy + fault) / 2
 
 
 def _all(runs: Sequence[Planned], name: str, chosen: Any) -> list[float]:

@@ -2,9 +2,10 @@
 
     python benchmarks/failures.py --result benchmarks/results/failures.json
 
-Each mechanism of Table 6 of arXiv:2606.22793 has a run that shows it and one in which a single
-thing is mended. Finished runs in --output are read, not repeated, so the script can be stopped and
-continued; `--part 1/2` makes every second run, for two cores. Equal runs are made once.
+Each mechanism of Table 6 of arXiv:2606.22793 has a run that shows it and one in which it is mended,
+in as few settings as that takes. Finished runs in --output are read, not repeated, so the script
+can be stopped and continued; `--part 1/2` makes every second run, for two cores. Equal runs are
+made once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import runpy
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -78,11 +80,18 @@ def key(run: Run) -> str:
 def finished(run: Run, output: Path) -> Path:
     """The folder of the run, made where it is not there."""
     folder = output / key(run)
-    if not (folder / "summary.json").exists():
+    if not _is_whole(folder):
+        if folder.exists():  # a run that was stopped in the middle of it
+            shutil.rmtree(folder)
         config = replace(run.config, output=str(output.resolve()), name=folder.name)
         for _ in train_run(replace(run, config=config)):
             pass
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    summary = folder / "summary.json"
+    return summary.exists() and json.loads(summary.read_text())["exit_reason"] == "finished"
 
 
 def prepared(seed: int, output: Path, extra: Sequence[str]) -> list[str]:

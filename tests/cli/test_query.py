@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,13 @@ class Token(dict[str, Any]):
     """What was written of a token."""
 
 
-def write(folder: Path, *, with_advantage: bool = True) -> list[Token]:
+def write(
+    folder: Path,
+    *,
+    with_advantage: bool = True,
+    views: Sequence[str] = ("",),
+    phases: Sequence[str] = ("warmup", "train"),
+) -> list[Token]:
     """A run folder of five steps of distillation, after one of warm-up; what it holds."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").touch()
@@ -52,6 +58,8 @@ def write(folder: Path, *, with_advantage: bool = True) -> list[Token]:
         ("warmup", 1, 1),
         *(("train", step, update) for step in range(1, STEPS + 1) for update in (1, 2)),
     ]:
+        if phase not in phases:
+            continue
         tokens = torch.randint(VOCABULARY, shape, generator=draw)
         verdict = torch.tensor([0.0, 1.0, math.nan])
         mask = torch.ones(shape, dtype=torch.bool)
@@ -64,7 +72,10 @@ def write(folder: Path, *, with_advantage: bool = True) -> list[Token]:
         )
         values = {
             name: torch.randn(shape, generator=draw)
-            for name in ("log_ratio", "student_logp", "student_entropy", "loss/distill")
+            for name in (
+                *(f"log_ratio/{view}" if view else "log_ratio" for view in views),
+                *("student_logp", "student_entropy", "loss/distill"),
+            )
         }
         if with_advantage:
             values["advantage/distill"] = torch.randn(shape, generator=draw)
@@ -229,6 +240,91 @@ def test_negative_mass_adds_up_to_the_whole(
     # a limit leaves rows out, and no mass out of the whole
     few = answer(capsys, tmp_path / "run", "negative-mass", "--limit", "2")
     assert few == rows[:2]
+
+
+def test_teachers_with_names_are_used_where_there_is_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, names = tmp_path / "run", ("maths", "My-code")
+    columns = {"maths": "maths", "My-code": "My_code"}
+    written = write(run, with_advantage=False, views=names)
+    worst = sorted((token[f"log_ratio/{name}"], name, token) for token in written for name in names)
+    rows = answer(capsys, run, "worst-tokens", "--limit", "30")
+    assert len({row["teacher"] for row in rows}) == 2
+    for row, (ratio, name, token) in zip(rows, worst[:30], strict=True):
+        assert row["log_ratio"] == pytest.approx(ratio, abs=1e-5)
+        assert row["teacher"] == columns[name]
+        assert row["teacher_logp"] == pytest.approx(ratio + token["student_logp"], abs=1e-5)
+        assert (row["before"] or "").count(" t") == token["position"]
+    masses = answer(capsys, run, "negative-mass")
+    for name in names:
+        mass = sum(min(0.0, token[f"log_ratio/{name}"]) for token in written)
+        of_it = [row for row in masses if row["signal"] == f"log_ratio__{columns[name]}"]
+        assert sum(row["mass"] for row in of_it) == pytest.approx(mass, abs=1e-3)
+    for row in answer(capsys, run, "by-step"):
+        for name in names:
+            of_it = [t[f"log_ratio/{name}"] for t in written if t["step"] == row["first_step"]]
+            assert row[f"log_ratio__{columns[name]}"] == pytest.approx(mean(of_it), abs=1e-5)
+    prompts = answer(capsys, run, "by-prompt")
+    lowest = [min(row[f"log_ratio__{columns[name]}"] for name in names) for row in prompts]
+    assert lowest == sorted(lowest)
+    assert len(lowest) == RESPONSES
+
+
+def test_a_further_teacher_is_not_asked_about_beside_the_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, with_advantage=False, views=("", "before"))
+    assert {row["signal"] for row in answer(capsys, tmp_path, "negative-mass")} == {"log_ratio"}
+    assert "teacher" not in answer(capsys, tmp_path, "worst-tokens")[0]
+    (row,) = answer(
+        capsys,
+        tmp_path,
+        "select count(*) as n from tokens "
+        "where log_ratio__before is distinct from teacher_logp__before - student_logp",
+    )
+    assert row == {"n": 0}
+
+
+def why_none(capsys: pytest.CaptureFixture[str], run: Path, query: str) -> str:
+    assert main(["query", str(run), query]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert answer_of_nothing(capsys, run, query) == shown.err
+    return shown.err
+
+
+def answer_of_nothing(capsys: pytest.CaptureFixture[str], run: Path, query: str) -> str:
+    assert main(["query", str(run), query, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == []
+    return shown.err
+
+
+def test_a_ready_made_query_that_finds_nothing_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, views in {"alone": (), "graded": ()}.items():
+        write(tmp_path / name, with_advantage=name == "graded", views=views)
+    for query, run in (
+        ("worst-tokens", "alone"),
+        ("negative-mass", "alone"),
+        ("worst-tokens", "graded"),
+    ):
+        said = why_none(capsys, tmp_path / run, query).replace("\n", " ")
+        assert f"{query} finds nothing: no token of this run was compared with a teacher" in said
+    assert answer(capsys, tmp_path / "graded", "negative-mass")
+    write(tmp_path / "warm", phases=("warmup",))
+    for query in READY_MADE:
+        said = why_none(capsys, tmp_path / "warm", query).replace("\n", " ")
+        assert "tokens of distillation that a loss may look at, and none is recorded" in said
+        assert "phases that are: warmup" in said
+
+
+def test_a_query_of_ones_own_that_finds_nothing_needs_no_reason(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answer_of_nothing(capsys, run, "select 1 from tokens where step = 99") == ""
 
 
 @pytest.mark.parametrize("query", READY_MADE)

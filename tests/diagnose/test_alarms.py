@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.test_docs import module_from
 
 ROOT = Path(__file__).parents[2]
 LOOK = "monitor/look/"
+MEASURED = "benchmarks/results/alarms.json"
 
 
 def history(steps: Sequence[Mapping[str, float]]) -> History:
@@ -43,8 +45,8 @@ def misaligned(surprise: float, spread: float) -> list[dict[str, float]]:
     return [{LOOK + "excess_surprise": surprise, LOOK + "teacher_spread": spread}] * 2
 
 
-def judged(auc: float, accuracy: float = 0.3) -> list[dict[str, float]]:
-    return [{"monitor/align_auc": auc, "rollout/accuracy": accuracy}] * 5
+def judged(auc: float) -> list[dict[str, float]]:
+    return [{"monitor/align_auc": auc, "rollout/accuracy": 0.3}] * 5
 
 
 def fading(end: float) -> list[dict[str, float]]:
@@ -58,64 +60,65 @@ def golden(before: float, after: float) -> list[dict[str, float]]:
 
 # by alarm a history that shows the failure, and one that nearly does
 CASES: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
-    "misaligned_events": (misaligned(4.5, 0.1), misaligned(4.3, 0.1)),
+    "misaligned_events": (misaligned(5.0, 0.1), misaligned(4.8, 0.1)),
     "foreign_template": (
-        steady(5, monitor__first_token=6.0, monitor__later_tokens=1.7),
-        steady(5, monitor__first_token=5.8, monitor__later_tokens=1.7),
+        steady(5, monitor__first_token=6.7, monitor__later_tokens=1.7),
+        steady(5, monitor__first_token=6.5, monitor__later_tokens=1.7),
     ),
     "end_token_mismatch": (
-        steady(5, monitor__end_tokens=5.0, monitor__other_tokens=2.4),
-        steady(5, monitor__end_tokens=5.0, monitor__other_tokens=2.6),
+        steady(5, monitor__end_tokens=8.2, monitor__other_tokens=2.4),
+        steady(5, monitor__end_tokens=8.2, monitor__other_tokens=2.6),
     ),
     "teacher_out_of_domain": (
+        [{LOOK + "top_k_overlap": 0.42}] * 2,
         [{LOOK + "top_k_overlap": 0.44}] * 2,
-        [{LOOK + "top_k_overlap": 0.46}] * 2,
     ),
-    "noise_teacher": ([{LOOK + "teacher_spread": 0.61}] * 2, [{LOOK + "teacher_spread": 0.59}] * 2),
+    "noise_teacher": ([{LOOK + "teacher_spread": 0.52}] * 2, [{LOOK + "teacher_spread": 0.50}] * 2),
     "privilege_leak": (
         steady(5, teacher__hint__copied=0.5) + steady(5, teacher__hint__copied=0.71),
         steady(5, teacher__hint__copied=0.5) + steady(5, teacher__hint__copied=0.69),
     ),
     "stale_sampler": (
-        steady(5, monitor__kl_from_samples=0.31),
-        steady(5, monitor__kl_from_samples=0.29),
+        steady(5, monitor__kl_from_samples=0.32),
+        steady(5, monitor__kl_from_samples=0.30),
     ),
     "length_collapse": (
-        steady(5, rollout__length=100.0) + steady(5, rollout__length=49.0),
-        steady(5, rollout__length=100.0) + steady(5, rollout__length=51.0),
+        steady(5, rollout__length=100.0) + steady(5, rollout__length=25.0),
+        steady(5, rollout__length=100.0) + steady(5, rollout__length=27.0),
     ),
     "length_inflation": (
+        # 0.33 - 0.1 - 3 * sqrt(0.215 * 0.785 / 250) is 0.152
+        steady(5, rollout__truncated=0.1) + steady(5, rollout__truncated=0.33),
         steady(5, rollout__truncated=0.1) + steady(5, rollout__truncated=0.31),
-        steady(5, rollout__truncated=0.1) + steady(5, rollout__truncated=0.29),
     ),
     "repetition": (
-        steady(5, monitor__repeated=0.05) + steady(5, monitor__repeated=0.21),
-        steady(5, monitor__repeated=0.05) + steady(5, monitor__repeated=0.19),
+        steady(5, monitor__repeated=0.05) + steady(5, monitor__repeated=0.27),
+        steady(5, monitor__repeated=0.05) + steady(5, monitor__repeated=0.25),
     ),
     "unroutable_suppression": (
-        [{LOOK + "candidate_mass": 0.39}] * 2,
-        [{LOOK + "candidate_mass": 0.41}] * 2,
+        [{LOOK + "candidate_mass": 0.52}] * 2,
+        [{LOOK + "candidate_mass": 0.54}] * 2,
     ),
     "conflicting_teachers": (
         [{"teacher/a|b/cosine": -0.01}] * 2,
         [{"teacher/a|b/cosine": 0.01}] * 2,
     ),
-    # of 150 right and 350 wrong ones a ranking by chance is off by 0.028
-    "misranked_outcome": (judged(0.41), judged(0.42)),
+    # of 100 pairs among 100 responses a step a ranking by chance is off by 0.13
+    "misranked_outcome": (judged(0.10), judged(0.12)),
     "entropy_collapse": (
-        [{LOOK + "student_entropy": 0.39, LOOK + "teacher_entropy": 1.0}] * 2,
-        [{LOOK + "student_entropy": 0.41, LOOK + "teacher_entropy": 1.0}] * 2,
+        [{LOOK + "student_entropy": 0.66, LOOK + "teacher_entropy": 1.0}] * 2,
+        [{LOOK + "student_entropy": 0.68, LOOK + "teacher_entropy": 1.0}] * 2,
     ),
     "gradient_concentration": (
-        steady(5, monitor__top_share=0.56),
-        steady(5, monitor__top_share=0.54),
+        steady(5, monitor__top_share=0.55),
+        steady(5, monitor__top_share=0.53),
     ),
-    "late_fade": (fading(0.64), fading(0.66)),
+    "late_fade": (fading(0.63), fading(0.65)),
     # 38 % is 0.22 less than 60 %, and three standard errors are 3 * sqrt(0.49 * 0.51 / 50)
     "golden_regression": (golden(0.6, 0.38), golden(0.6, 0.4)),
     "calibration_drift": (
-        steady(5, monitor__calibration_error=0.1) + steady(5, monitor__calibration_error=0.31),
-        steady(5, monitor__calibration_error=0.1) + steady(5, monitor__calibration_error=0.29),
+        steady(5, monitor__calibration_error=0.1) + steady(5, monitor__calibration_error=0.38),
+        steady(5, monitor__calibration_error=0.1) + steady(5, monitor__calibration_error=0.36),
     ),
 }
 
@@ -136,8 +139,8 @@ def test_one_entry_less_is_too_little_to_tell(name: str) -> None:
 
 def test_the_value_and_the_threshold_are_told_and_alarms_can_be_off() -> None:
     (alarm,) = raised(history(CASES["length_collapse"][0]))
-    assert alarm.value == pytest.approx(0.49)
-    assert alarm.threshold == 0.5
+    assert alarm.value == pytest.approx(0.25)
+    assert alarm.threshold == 0.26
     assert raised(history(CASES["length_collapse"][0]), ["length_collapse"]) == []
 
 
@@ -146,17 +149,42 @@ def test_a_sure_teacher_is_not_misaligned_and_an_unsure_one_cannot_be() -> None:
     assert "misaligned_events" not in given(misaligned(9.0, 0.51))
 
 
-def test_few_verdicts_are_no_ranking() -> None:
-    """Of a hundred, four are right, and chance alone may put these last."""
-    few = [
-        {"monitor/align_auc": Stat(0.3 * 96, 96.0), "rollout/accuracy": Stat(0.8, 20.0)}
-        for _ in range(5)
-    ]
+def ranked(**stats: Stat) -> list[str]:
+    """The alarms of five steps with 20 verdicts each."""
     found = History()
-    for step in few:
-        found.add(step)
-    assert raised(found) == []
-    assert given(judged(0.3, accuracy=0.0)) == given(judged(0.3, accuracy=1.0)) == []
+    for _ in range(5):
+        found.add({"rollout/accuracy": Stat(1.0, 20.0)})
+        found.add({f"monitor/{name}": stat for name, stat in stats.items()})
+    return [alarm.name for alarm in raised(found)]
+
+
+def test_few_verdicts_are_no_ranking() -> None:
+    """One of twenty is right: of 95 pairs 0.3 may be chance, as 0.3 + 3 * 0.136 is above a half."""
+    assert ranked(align_auc=Stat(0.3 * 19, 19.0)) == []
+    assert ranked(align_auc=Stat(0.05 * 19, 19.0)) == ["misranked_outcome"]
+    assert ranked() == []
+
+
+def test_of_prompts_with_several_responses_the_prompts_are_counted() -> None:
+    """However many pairs there are: of 50 prompts a ranking by chance is off by 0.07 at most."""
+    many = Stat(0.2 * 10_000, 10_000.0)
+    assert ranked(align_auc=many, align_within=Stat(2.0, 10.0)) == ["misranked_outcome"]
+    assert ranked(align_auc=many, align_within=Stat(3.0, 10.0)) == []
+    assert ranked(align_auc=many, align_within=Stat(0.4, 2.0)) == []
+
+
+def test_a_constant_share_of_long_responses_is_no_inflation() -> None:
+    """Three of ten, two responses a step, two hundred steps: chance alone."""
+    draw = random.Random(0)
+    fired = 0
+    for _ in range(50):
+        found, given_once = History(), False
+        for _ in range(200):
+            cut = sum(draw.random() < 0.3 for _ in range(2))
+            found.add({"rollout/truncated": Stat(float(cut), 2.0)})
+            given_once |= bool(raised(found))
+        fired += given_once
+    assert fired <= 2
 
 
 def test_the_pair_of_teachers_that_conflicts_most_decides() -> None:
@@ -237,11 +265,29 @@ def test_what_to_do_names_keys_formulas_and_commands_that_exist() -> None:
             assert exists, f"{alarm.name}: {words}"
 
 
-def test_no_threshold_is_said_to_be_measured_without_a_file_that_holds_it() -> None:
-    for _, _, origin in THRESHOLDS.values():
-        assert (
-            origin.startswith(("preliminary", "by its meaning")) or "benchmarks/results/" in origin
-        )
+def test_measured_thresholds_are_halfway_between_healthy_runs_and_faults() -> None:
+    result = json.loads((ROOT / MEASURED).read_text(encoding="utf-8"))
+    rows = {row["case"].removeprefix("threshold of "): row for row in result["rows"]}
+    for name, (side, threshold, origin) in THRESHOLDS.items():
+        if origin.startswith("by its meaning"):
+            continue
+        assert MEASURED in origin, name
+        row = rows[name]
+        assert threshold == float(f"{row['halfway']:.2g}"), name
+        ends = (row["healthy"], threshold, row["faults"])
+        assert sorted(ends, reverse=side == "below") == list(ends), name
+
+
+def test_other_seeds_and_strengths_are_told_apart() -> None:
+    """The bars: 95 % of the planted faults named, 60 healthy runs of four kinds and no alarm."""
+    result = json.loads((ROOT / MEASURED).read_text(encoding="utf-8"))
+    others = [row for row in result["rows"] if row["case"].endswith(", others")]
+    healthy = [row for row in others if row["recall"] is None]
+    faults = [row for row in others if row["recall"] is not None]
+    assert sum(row["runs"] for row in healthy) >= 60
+    assert len(healthy) >= 4
+    assert all(row["silent"] == row["runs"] for row in healthy)
+    assert sum(row["named"] for row in faults) >= 0.95 * sum(row["runs"] for row in faults)
 
 
 def test_the_page_is_up_to_date() -> None:

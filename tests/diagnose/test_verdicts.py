@@ -157,11 +157,46 @@ def test_a_prompt_counts_by_its_rows() -> None:
     assert not mean_over_groups(values[:0], group[:0], 2).known
 
 
-def test_few_prompts_that_disagree_are_doubtful() -> None:
+def test_prompts_that_disagree_are_doubtful_and_few_of_them_are_said_to_be_few() -> None:
     half = torch.where(torch.arange(ROWS) // (SAMPLES * TOKENS) % 2 == 0, 0.5, 0.99)
     verdict = found(evidence(student_overlap_mass=half), STATE)
     assert verdict.status == "doubtful"
     assert verdict.low < THRESHOLDS["student_overlap_mass"].unfit < verdict.high
+    assert "--responses" not in verdict.why
+    half[300:] = math.nan  # those of 30 prompts are left
+    verdict = found(evidence(student_overlap_mass=half), STATE)
+    assert verdict.status == "doubtful"
+    assert "30 prompts are too few to tell: raise --responses" in verdict.why
+
+
+def test_one_prompt_alone_is_no_verdict() -> None:
+    """However bad it is: drawn again it is itself, which says nothing of other prompts."""
+    one = mean_over_groups(torch.full((9,), 0.1), torch.full((9,), 2), 5)
+    assert (one.n, one.low, one.high) == (1, -math.inf, math.inf)
+    assert one.value == pytest.approx(0.1)
+    known = torch.where(torch.arange(ROWS) < SAMPLES * TOKENS, 0.1, math.nan)
+    verdict = found(evidence(student_overlap_mass=known), STATE)
+    assert (verdict.status, verdict.name) == ("doubtful", "student_overlap_mass")
+    two = torch.where(torch.arange(ROWS) < 2 * SAMPLES * TOKENS, 0.1, math.nan)
+    assert found(evidence(student_overlap_mass=two), STATE).status == "unfit"
+    assert cosine_of_sums(torch.ones(1, 3), torch.ones(1, 3)).low == -math.inf
+
+
+def test_an_infinite_row_is_infinite_in_every_mean() -> None:
+    """One token that the teacher rules out, in a wrong answer."""
+    distance = torch.full((ROWS,), 1.0)
+    distance[TOKENS] = math.inf
+    seen = evidence(reverse_kl=distance)
+    ratio = seen.rows["log_ratio"].clone()
+    ratio[TOKENS] = -math.inf
+    seen = replace(seen, rows={**seen.rows, "log_ratio": ratio})
+    assert seen.per_response("reverse_kl").tolist()[:3] == [1.0, math.inf, 1.0]
+    assert seen.per_response("log_ratio")[1] == -math.inf
+    lines = found(seen, ALIGNMENT).evidence
+    assert "reverse_kl 1 nats on right answers, inf on wrong ones" in lines
+    information = found(seen, INFORMATION)
+    assert information.number == information.high == math.inf
+    assert "inf nats per token" in information.meaning
 
 
 # --------------------------------------------------------------------------------------------

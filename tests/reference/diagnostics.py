@@ -583,11 +583,11 @@ def repeated_ngrams(tokens: npt.ArrayLike, mask: npt.ArrayLike, n: int) -> Array
 def align_auc(score: npt.ArrayLike, verdict: npt.ArrayLike) -> float:
     """Share of (right, wrong) pairs with score(right) > score(wrong), equals counting half.
 
-    Right is a verdict above 0.5. A response with a score of nan (an empty one) is left out.
+    Right is a verdict of 0.5 or more. A response with a score of nan (an empty one) is left out.
     """
     judged = _judged(score, verdict)
-    right = [s for s, v in judged if v > 0.5]
-    wrong = [s for s, v in judged if not v > 0.5]
+    right = [s for s, v in judged if v >= 0.5]
+    wrong = [s for s, v in judged if not v >= 0.5]
     won = 0.0
     for one in right:
         for other in wrong:
@@ -620,13 +620,13 @@ def split_delta(solved_before: npt.ArrayLike, after: npt.ArrayLike) -> tuple[flo
 def calibration_error(confidence: npt.ArrayLike, verdict: npt.ArrayLike, bins: int = 10) -> float:
     """Sum over bins of |bin| / B * |share right - mean confidence|.
 
-    Bin i is (i / bins, (i + 1) / bins], the first one with 0. Right is a verdict above 0.5.
+    Bin i is (i / bins, (i + 1) / bins], the first one with 0. Right is a verdict of 0.5 or more.
     """
     judged = _judged(confidence, verdict)
     inside: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
     for c, v in judged:
         i = next(i for i in range(bins) if c <= (i + 1) / bins)
-        inside[i].append((c, float(v > 0.5)))
+        inside[i].append((c, float(v >= 0.5)))
     total = 0.0
     for pairs in inside:
         if pairs:

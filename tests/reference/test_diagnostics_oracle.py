@@ -163,8 +163,8 @@ def test_align_auc_counts_ties_half_and_skips_the_unjudged() -> None:
     # Right .4, .8 against wrong .1, .4: 1 + 1/2 + 1 + 1 of 4 pairs.
     score = [0.1, 0.4, 0.4, 0.8, 0.9]
     assert dg.align_auc(score, [0, 0, 1, 1, NAN]) == pytest.approx(3.5 / 4)
-    # A verdict of 0.5 is wrong: .8 against .1, .4, .4.
-    assert dg.align_auc(score, [0, 0, 0.5, 1, NAN]) == pytest.approx(1)
+    # A verdict of 0.5 is right too: the same pairs.
+    assert dg.align_auc(score, [0, 0, 0.5, 1, NAN]) == pytest.approx(3.5 / 4)
     assert math.isnan(dg.align_auc(score, [0, 0, 0, 0, NAN]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,16 @@ from torch import Tensor
 
 from opd.diagnose.evidence import Evidence
 from opd.diagnose.profiles import profiles
-from opd.diagnose.verdicts import ALIGNMENT, INFORMATION, PRIVILEGE, STATE, Verdict, verdicts
+from opd.diagnose.verdicts import (
+    ALIGNMENT,
+    CRITERIA,
+    INFORMATION,
+    PRIVILEGE,
+    ROUTABILITY,
+    STATE,
+    Verdict,
+    verdicts,
+)
 from opd.errors import ConfigError, DataError
 from opd.formula import divergence, regulariser, reward, support, surrogate, weight
 from opd.methods import reverse_kl_opd, sampled_token_opd
@@ -25,6 +35,7 @@ from opd.methods.parts import REFERENCE
 from opd.methods.variables import nine_variables
 from opd.models import LoadedModel, load_model
 from opd.objective import Dense, Method, Objective, Regulariser, Sampled
+from opd.spec import objective_to_tree
 from opd.teacher.local import LocalTeacher
 from opd.training import pilot as pilots
 from opd.training import pilot_gradients
@@ -43,6 +54,7 @@ from opd.training.pilot import (
     subject,
     warm_up,
 )
+from opd.training.pilot_cost import cost_of_plan
 from opd.training.pilot_gradients import (
     BY_DATA,
     BY_TEACHER,
@@ -56,10 +68,26 @@ from opd.training.pilot_gradients import (
     measure_gradients,
     neighbours,
 )
-from opd.training.pilot_interface import FIRST_TOKEN, SPECIAL_IDS, Audit, audits, special_excess
+from opd.training.pilot_interface import (
+    FIRST_TOKEN,
+    SPECIAL_IDS,
+    Audit,
+    _engine,
+    audits,
+    special_excess,
+)
 from opd.training.pilot_proposal import _better, propose
 from opd.training.session import Session, build_method, open_session
-from opd.types import Bound, Provenance, Teacher, TeacherView
+from opd.types import (
+    Bound,
+    Need,
+    Provenance,
+    Teacher,
+    TeacherRequest,
+    TeacherScores,
+    TeacherView,
+)
+from tests.teacher.served import serving
 from tests.training.faults import SampledOnly, frozen_copy, permuted, shifted
 from tests.training.runs import finish, tiny_run
 
@@ -312,6 +340,43 @@ def test_neighbours_differ_in_one_variable_and_the_run_is_its_own_best(tiny: Pil
     assert by_name["student's top 4, rest in a bucket"].cosine < top < 1.0
     ranks = [each.per_second for each in found.neighbours if not math.isnan(each.cosine)]
     assert ranks == sorted(ranks, reverse=True)
+
+
+class Slow:
+    """A teacher that keeps its caller waiting."""
+
+    WAIT_S = 0.8
+
+    def __init__(self, inner: Teacher) -> None:
+        self.inner = inner
+
+    def can(self, need: Need) -> bool:
+        return self.inner.can(need)
+
+    def score(self, request: TeacherRequest) -> TeacherScores:
+        time.sleep(self.WAIT_S)
+        return self.inner.score(request)
+
+
+def test_waiting_for_a_teacher_is_in_the_plan_and_for_a_served_one_in_the_ranking(
+    tmp_path: Path,
+) -> None:
+    local = tiny_run(tmp_path / "local", TEACHER)
+    with serving(load_model("builtin:sort-teacher", device="cpu")) as url:
+        served = tiny_run(tmp_path / "served", TEACHER, {"teacher": {"model": "", "url": url}})
+        found = {}
+        for name, run in (("local", local), ("served", served)):
+            seen = look(open_session(run), SMALL)
+            seen.session.teachers["teacher"] = Slow(seen.session.teachers["teacher"])
+            found[name] = measured(seen, "")["this run"]
+            gradients = Gradients((found[name],), responses=12)
+            plan = cost_of_plan(seen, gradients, run, 0.0)
+            # 4 steps of 4 answers, at 0.8 s and more for 12
+            assert plan.seconds["scores and updates"] > 16 * Slow.WAIT_S / 12
+            seen.session.opened.close()
+    for each in found.values():
+        assert each.wall_seconds > Slow.WAIT_S
+    assert found["local"].seconds < Slow.WAIT_S < found["served"].seconds
 
 
 def changed_variables(seen: Pilot, neighbour: Neighbour) -> set[str]:
@@ -625,6 +690,7 @@ def test_a_sampler_of_another_temperature_is_found_and_mended(tmp_path: Path) ->
     found = audited(seen, evidence)
     assert found["sampler and comparison"].found
     assert found["sampler and learner"].found  # its numbers are of another distribution
+    assert found["sampler and learner"].urgent
     proposal = propose(
         seen,
         verdicts(evidence),
@@ -636,6 +702,45 @@ def test_a_sampler_of_another_temperature_is_found_and_mended(tmp_path: Path) ->
     file = tmp_path / "proposal.toml"
     file.write_text(proposal.toml)
     assert load(file).config.sampler.temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "found", "urgent"),
+    [
+        ("float32", 0.0, False, False),
+        ("float32", 0.005, True, False),
+        ("bfloat16", 0.0, False, False),
+        ("bfloat16", 0.05, True, False),
+        ("bfloat16", 0.2, True, True),
+    ],
+)
+def test_rounding_between_sampler_and_learner_is_that_of_the_students_weights(
+    tmp_path: Path, dtype: str, off: float, found: bool, urgent: bool
+) -> None:
+    run = tiny_run(tmp_path, TEACHER, {"student": {"dtype": dtype}})
+    seen = look(open_session(run), SMALL)
+    rows = row_numbers(seen)[0]
+    rows["sampler_logp"] = rows["sampler_logp"] + off
+    audit = _engine(seen, replace(_bare(seen), rows=rows))
+    assert audit.numbers["log_mismatch"] == pytest.approx(off, abs=0.01)
+    assert (audit.found, audit.urgent) == (found, urgent)
+
+
+def test_a_sampler_that_is_little_off_hides_no_verdict(tiny: Pilot, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, TEACHER)
+    judged = [
+        Verdict(name, "unfit", setting="warmup.steps" if name == STATE else "", why=f"bad {name}")
+        if name in (STATE, ALIGNMENT)
+        else Verdict(name, "fit")
+        for name in CRITERIA
+    ]
+    for urgent, keys in (
+        (False, ["warmup.steps", "method.objective", "sampler"]),
+        (True, ["sampler", "warmup.steps", "method.objective"]),
+    ):
+        audit = Audit("sampler and learner", True, "off", "sampler", urgent=urgent)
+        proposal = propose(tiny, judged, [audit], Gradients(), run)
+        assert [change.key for change in proposal.changes] == keys
 
 
 def test_an_end_token_that_the_two_disagree_on_is_named(tiny: Pilot) -> None:
@@ -968,6 +1073,33 @@ def test_where_the_teacher_prefers_what_is_wrong_the_outcome_gates_what_is_learn
     assert objective == proposal.objective
     (term,) = objective.terms
     assert term.weights == (Bound.of(weight.correct),)
+
+
+def test_all_reasons_to_change_the_objective_are_given_with_the_one_that_answers_them(
+    tiny: Pilot, tmp_path: Path
+) -> None:
+    """A cheaper list, a gate by the outcome, and no list where suppression has no direction."""
+    judged = [
+        Verdict(name, "unfit", why=f"bad {name}")
+        if name in (ALIGNMENT, ROUTABILITY)
+        else Verdict(name, "fit")
+        for name in CRITERIA
+    ]
+    top = Dense(
+        divergence=divergence.reverse_kl, support=partial(support.student_top_k, k=4), tail="bucket"
+    )
+    own = Neighbour("this run", "", tiny.method.objective, 1.0, 0.3)
+    cheap = Neighbour("top 4", "support", Objective(top), 0.99, 0.1)
+    run = tiny_run(tmp_path, TEACHER)
+    proposal = propose(tiny, judged, [], Gradients((own, cheap)), run)
+    (change,) = proposal.changes
+    assert change.key == "method.objective"
+    for reason in ("top 4: cosine 0.99", f"bad {ALIGNMENT}", f"bad {ROUTABILITY}"):
+        assert reason in change.why
+    assert change.value == objective_to_tree(proposal.objective)
+    (term,) = proposal.objective.terms
+    assert isinstance(term, Dense)
+    assert (term.tail, term.weights) == ("", (Bound.of(weight.correct),))
 
 
 def test_scoring_goes_through_the_methods_own_views(tiny: Pilot) -> None:

@@ -29,8 +29,12 @@ def main(arguments: Namespace) -> int:
         if limit is None and (question in READY_MADE or not arguments.json):
             limit = MOST_ROWS
         answer = records.ask(question, limit=limit)
+    if answer.why_none:
+        console(stderr=True).print(f"{question} finds nothing: {answer.why_none}")
     if arguments.json:
         print_json([_printable(row) for row in answer.as_dicts()])
+        return 0
+    if answer.why_none:
         return 0
     console().print(_drawn(answer))
     if answer.more:

@@ -41,9 +41,13 @@ STEPS = 5
 LOOKS = 2
 """Looks that are taken together."""
 
+ERRORS = 3
+"""Standard errors by which a change has to exceed chance, where the counts tell."""
+
 READS = (
     "golden/*/accuracy",
     "monitor/align_auc",
+    "monitor/align_within",
     "monitor/calibration_error",
     "monitor/end_tokens",
     "monitor/first_token",
@@ -104,6 +108,11 @@ class History:
     def sums(self, name: str, entries: int = STEPS) -> tuple[float, float]:
         """Sum and count over the last entries."""
         kept = self.last.get(name, [])[-entries:]
+        return sum(total for total, _ in kept), sum(count for _, count in kept)
+
+    def sums_at_first(self, name: str, entries: int = STEPS) -> tuple[float, float]:
+        """Sum and count over the first entries."""
+        kept = self.first.get(name, [])[:entries]
         return sum(total for total, _ in kept), sum(count for _, count in kept)
 
     def at_first(self, name: str, entries: int = STEPS) -> float:
@@ -238,12 +247,15 @@ def length_inflation(history: History) -> float:
     """More and more responses are cut off at the limit.
 
     Mechanism: length inflation and truncation collapse: text that is easy to agree on grows
-    Rule: share of responses cut off in the last five steps less that in the first five
+    Rule: share of responses cut off in the last five steps less that in the first five, less three
+        standard errors of the difference of two such shares
     Action: a term against the reference, a share of the data's text (`method.states`), a cost of
         length; audit the end tokens
     Source: length drift, Table 6 of arXiv:2606.22793; truncation collapse of arXiv:2604.08527
     """
-    return history.now("rollout/truncated") - history.at_first("rollout/truncated")
+    cut = "rollout/truncated"
+    rise = history.now(cut) - history.at_first(cut)
+    return rise - ERRORS * _error(history.sums(cut), history.sums_at_first(cut))
 
 
 def repetition(history: History) -> float:
@@ -277,7 +289,7 @@ def conflicting_teachers(history: History) -> float:
 
     Mechanism: multi-teacher conflict: opposite gradients
     Rule: cosine of the gradients of two teachers, over two measurements; of the pair where it is
-        lowest
+        lowest. Not of a run with a route, where no row has both
     Action: send every prompt to one teacher (`teacher.route`) in place of an average
     Source: multi-teacher conflict, Table 6 of arXiv:2606.22793; the measure is our own derivation
     """
@@ -289,17 +301,24 @@ def misranked_outcome(history: History) -> float:
     """The teacher prefers wrong responses to right ones.
 
     Mechanism: signal-outcome mismatch: agreement rises and the outcome does not
-    Rule: share of pairs of a right and a wrong response of a step in which the right one has the
-        higher mean log ratio, over five steps, with three standard errors of a ranking by chance
-        added
+    Rule: share of pairs of a right and a wrong response in which the right one has the higher mean
+        log ratio, over five steps, with three standard errors of a ranking by chance added. Where
+        prompts have several responses, pairs of one prompt, and the prompts are what is counted
     Action: weigh or gate the signal by the outcome (`outcome` of a sampled term), check the
         verifier, another teacher
     Source: evaluation alignment, section 5 and Table 7 of arXiv:2606.22793; the measure is our own
         derivation
     """
-    right, judged = history.sums("rollout/accuracy")
-    chance = math.sqrt((judged + 1) / (12 * right * (judged - right)))
-    return history.now("monitor/align_auc") + 3 * chance
+    within = "monitor/align_within"
+    if within in history.last:
+        _, prompts = history.sums(within)
+        # no share of pairs varies more around 1 / 2 than one that is 0 or 1
+        return history.now(within) + ERRORS * 0.5 / math.sqrt(prompts)
+    _, pairs = history.sums("monitor/align_auc")
+    judged, steps = history.sums("rollout/accuracy")[1], len(history.last["rollout/accuracy"])
+    # of a rank sum: (n + 1) / (12 right wrong) in each step, weighed by its pairs
+    chance = math.sqrt((judged / steps + 1) / (12 * pairs))
+    return history.now("monitor/align_auc") + ERRORS * chance
 
 
 def entropy_collapse(history: History) -> float:
@@ -369,31 +388,73 @@ def golden_regression(history: History) -> float:
     found = []
     for name in history.named("golden/*/accuracy"):
         if history.seen[name] > 1:
-            (before, n), (after, m) = history.first[name][0], history.last[name][-1]
-            pooled = (before + after) / (n + m)
-            error = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
-            found.append(after / m - before / n + 3 * error)
+            now, before = history.sums(name, 1), history.sums_at_first(name, 1)
+            change = now[0] / now[1] - before[0] / before[1]
+            found.append(change + ERRORS * _error(now, before))
     return min(found, default=math.nan)
+
+
+def _error(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """The standard error of the difference of two shares, were they draws of the same one."""
+    (hits, n), (further, m) = one, other
+    pooled = (hits + further) / (n + m)
+    return math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
 
 
 # --------------------------------------------------------------------------------------------
 # Whether they are given
 
 THRESHOLDS: Mapping[str, tuple[str, float, str]] = {
-    "misaligned_events": ("above", 4.4, "preliminary, from 34 runs: healthy 3.9, faults from 6.3"),
-    "foreign_template": ("above", 4.2, "preliminary, from 34 runs: healthy 3.5, faults from 6.4"),
-    "end_token_mismatch": ("above", 2.5, "preliminary, from 34 runs: healthy 1.1, faults from 9.6"),
-    "teacher_out_of_domain": ("below", 0.45, "preliminary, from 34 runs: healthy 0.52, fault 0.33"),
-    "noise_teacher": ("above", 0.6, "preliminary, from 34 runs: healthy 0.05, faults from 0.97"),
-    "privilege_leak": ("above", 0.2, "preliminary, from 34 runs: healthy 0.07, faults from 0.27"),
-    "stale_sampler": ("above", 0.3, "preliminary, from 34 runs: a replay 0.21, faults from 0.39"),
-    "length_collapse": ("below", 0.5, "preliminary, from 34 runs: healthy 0.85, fault 0.09"),
-    "length_inflation": ("above", 0.2, "preliminary, from 34 runs: healthy 0.08, fault 0.60"),
-    "repetition": ("above", 0.15, "preliminary, from 34 runs: healthy 0.06, faults from 0.41"),
+    "misaligned_events": (
+        "above",
+        4.9,
+        "halfway of healthy 3.9, faults 5.9; M, benchmarks/results/alarms.json",
+    ),
+    "foreign_template": (
+        "above",
+        4.9,
+        "halfway of healthy 3.5, faults 6.2; M, benchmarks/results/alarms.json",
+    ),
+    "end_token_mismatch": (
+        "above",
+        5.7,
+        "halfway of healthy 2.2, faults 9.3; M, benchmarks/results/alarms.json",
+    ),
+    "teacher_out_of_domain": (
+        "below",
+        0.43,
+        "halfway of healthy 0.51, faults 0.35; M, benchmarks/results/alarms.json",
+    ),
+    "noise_teacher": (
+        "above",
+        0.51,
+        "halfway of healthy 0.053, faults 0.97; M, benchmarks/results/alarms.json",
+    ),
+    "privilege_leak": ("above", 0.2, "PLACE"),
+    "stale_sampler": (
+        "above",
+        0.31,
+        "halfway of healthy 0.26, faults 0.36; M, benchmarks/results/alarms.json",
+    ),
+    "length_collapse": (
+        "below",
+        0.26,
+        "halfway of healthy 0.71, faults 0.094; M, benchmarks/results/alarms.json",
+    ),
+    "length_inflation": (
+        "above",
+        0.14,
+        "halfway of healthy 0.032, faults 0.25; M, benchmarks/results/alarms.json",
+    ),
+    "repetition": (
+        "above",
+        0.21,
+        "halfway of healthy 0.05, faults 0.37; M, benchmarks/results/alarms.json",
+    ),
     "unroutable_suppression": (
         "below",
-        0.4,
-        "preliminary, from 34 runs, tokens counted alike: healthy 0.83, faults 0.1",
+        0.53,
+        "halfway of healthy 0.95, faults 0.1; M, benchmarks/results/alarms.json",
     ),
     "conflicting_teachers": (
         "below",
@@ -403,16 +464,24 @@ THRESHOLDS: Mapping[str, tuple[str, float, str]] = {
     "misranked_outcome": ("below", 0.5, "by its meaning: 0.5 is a ranking by chance"),
     "entropy_collapse": (
         "below",
-        0.4,
-        "preliminary, from 34 runs: below all of them (healthy from 3.2); no fault was planted",
+        0.67,
+        "halfway of healthy 2.1, faults 0.21; M, benchmarks/results/alarms.json",
     ),
-    "gradient_concentration": ("above", 0.55, "preliminary"),
-    "late_fade": ("above", 0.25, "preliminary"),
+    "gradient_concentration": (
+        "above",
+        0.54,
+        "halfway of healthy 0.31, faults 0.77; M, benchmarks/results/alarms.json",
+    ),
+    "late_fade": (
+        "above",
+        0.26,
+        "halfway of healthy 0.053, faults 0.46; M, benchmarks/results/alarms.json",
+    ),
     "golden_regression": ("below", 0.0, "by its meaning: at 0 chance could explain the fall"),
     "calibration_drift": (
         "above",
-        0.2,
-        "preliminary, from 34 runs: healthy 0.11; a collapse of length 0.28",
+        0.27,
+        "halfway of healthy 0.16, faults 0.39; M, benchmarks/results/alarms.json",
     ),
 }
 """By alarm on which side of the threshold it is given, the threshold, and where that is from."""
@@ -446,8 +515,8 @@ def raised(history: History, off: Collection[str] = ()) -> list[Raised]:
 
 
 def _number(rule: Callable[[History], float], history: History) -> float:
-    """What a rule says; nothing is known where it would divide by 0."""
+    """What a rule says; nothing is known where a metric is missing or it would divide by 0."""
     try:
         return rule(history)
-    except ZeroDivisionError:
+    except (KeyError, ZeroDivisionError):
         return math.nan

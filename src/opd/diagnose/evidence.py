@@ -122,7 +122,7 @@ class Evidence:
         """A row's number at its place in its response, and where there is one."""
         values = self.row(name)
         known = unpack_rows((~values.isnan()).float(), self.mask) > 0
-        return unpack_rows(values.nan_to_num(nan=0.0), self.mask), known
+        return unpack_rows(torch.where(values.isnan(), 0.0, values), self.mask), known
 
     def per_response(self, name: str) -> Float[Tensor, " B"]:
         """The mean of a row's number over each response; NaN of one without rows."""
@@ -176,10 +176,15 @@ def mean_over_groups(
 
 
 def interval_of(value: float, drawn: Float[Tensor, " n"], n: int) -> Estimate:
-    """A value with the middle 95 % of what the draws gave; no interval where they gave nothing."""
+    """A value with the middle 95 % of what the draws gave.
+
+    Without bounds where there is but one prompt, which drawn again is always itself.
+    """
     known = drawn[~drawn.isnan()]
-    if math.isnan(value) or not len(known):
-        return Estimate(value, value, value, n)
+    if math.isnan(value):
+        return Estimate(n=n)
+    if n < 2 or not len(known):
+        return Estimate(value, -math.inf, math.inf, n)
     edge = (1 - LEVEL) / 2
     ends = torch.tensor([edge, 1 - edge], dtype=torch.float64)
     low, high = known.quantile(ends, interpolation="nearest").tolist()

@@ -2,8 +2,8 @@
 
 No pass and no projection is added: `of_update` reads the by-products of an update and the text that
 it was about, `of_look` the numbers of the rows of a few responses of which both distributions were
-seen. All are sums with counts, of the rows that the student wrote (of all rows, where it wrote
-none), so that the averages of several steps are exact.
+seen. All are sums with counts, of the rows that the student wrote (of all rows of an update, where
+it wrote none), so that the averages of several steps are exact.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from opd.diagnose.drift import repeated_ngrams
 from opd.diagnose.numbers import judged, leading, places, wide
 from opd.diagnose.outcome import align_auc, calibration_error
-from opd.diagnose.records import OF_TERMS, rows_in
+from opd.diagnose.records import LOG_RATIO, OF_TERMS, rows_in
 from opd.diagnose.signal import quantiles
 from opd.diagnose.update import effective_share, top_share
 from opd.fields import positional_names
 from opd.objective import Objective
 from opd.terms import Routed, Sampled, Term
-from opd.types import Batch, Bound, Provenance, Rollout, Stat, pack_rows
+from opd.types import PASS_MARK, Batch, Bound, Provenance, Rollout, Stat, pack_rows
 
 MONITOR = "monitor/"
 """How the names of these metrics begin."""
@@ -37,7 +37,8 @@ GRAM = 4
 
 MEANINGS: Mapping[str, str] = MappingProxyType(
     {
-        "log_ratio": "teacher minus student on the sampled token, nats",
+        "log_ratio": "teacher minus student on the sampled token, nats; where no view is called "
+        "`teacher`, of the first that a term compares with",
         "reverse_kl": "of the student from the teacher, where the objective knows it, nats",
         "entropy": "of the student, nats",
         "loss": "of all terms, weights and coefficients included",
@@ -59,6 +60,8 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
         "calibration_error": "of exp(mean log-probability) against the verdict",
         "align_auc": "share of pairs of a right and a wrong response in which the right one has "
         "the higher mean log ratio",
+        "align_within": "as align_auc, among the responses of one prompt, mean over the prompts "
+        "that have both",
         "importance_ratio": "student over sampler on the sampled token",
         "kl_from_samples": "log sampler minus log student, nats: how far the text is behind",
         "masked/TERM": "share of tokens whose ratio the term clips or masks",
@@ -111,6 +114,7 @@ def of_update(
     text = _Text.of(rollout, batch)
     looks = rows_in(objective, batch)
     known = {name: _here(_of_its_term(name, value, looks)) for name, value in rows.items()}
+    known = _of_one_view(known, objective)
     found: dict[str, Stat] = {}
     if text.rows.numel():
         per_row = {name: value[text.rows] for name, value in _per_row(known).items()}
@@ -125,24 +129,29 @@ def of_update(
 
 
 def of_look(
-    rows: Mapping[str, Float[Tensor, " N"]], mask: Bool[Tensor, "B T"], vocab_size: int
+    rows: Mapping[str, Float[Tensor, " N"]],
+    mask: Bool[Tensor, "B T"],
+    provenance: Int[Tensor, "B T"],
+    vocab_size: int,
 ) -> dict[str, Stat]:
-    """The monitors of a look, by metric.
+    """The monitors of a look, by metric; none where the student wrote no open row.
 
     Args:
         rows: numbers of every open row, by the names of the diagnostics.
         mask: of the responses.
+        provenance: of their tokens; only the student's count, at their places in the response.
         vocab_size: tokens that both sides share.
     """
-    if not int(mask.sum()):
+    own = pack_rows(provenance == Provenance.STUDENT, mask)
+    if not bool(own.any()):
         return {}
-    rows = dict(rows)
-    rows["teacher_spread"] = rows["teacher_entropy"] / math.log(vocab_size)
     place, length = places(mask)
-    third = torch.div(place * 3, length, rounding_mode="floor")
+    third = torch.div(place * 3, length, rounding_mode="floor")[own]
+    rows = {name: value[own] for name, value in rows.items()}
+    rows["teacher_spread"] = rows["teacher_entropy"] / math.log(vocab_size)
     negative = rows["log_ratio"] < 0
     found: dict[str, Stat] = {}
-    bad = torch.zeros(int(mask.sum()), dtype=torch.bool)
+    bad = torch.zeros(len(third), dtype=torch.bool)
     for name in LOOKED_AT:
         if name not in rows:
             continue
@@ -174,6 +183,7 @@ class _Text:
             tokens, and how many these are.
         ends: of each, whether it is an end token.
         sampled: of each, whether the student wrote it.
+        verdict, group: of every response of the batch, its verdict and its prompt.
         own: True on the responses that are measured.
     """
 
@@ -184,6 +194,7 @@ class _Text:
         sampled: Bool[Tensor, " N"],
         ended: Bool[Tensor, " B"],
         verdict: Float[Tensor, " B"],
+        group: Int[Tensor, " B"],
     ) -> None:
         own = sampled if bool(sampled.any()) else torch.ones_like(sampled)
         place, length = places(mask)
@@ -193,7 +204,7 @@ class _Text:
         self.place, self.length = place[self.rows], length[self.rows]
         self.ends = (self.place == self.length - 1) & ended[self.sequence]
         self.sampled = sampled[self.rows]
-        self.verdict = verdict
+        self.verdict, self.group = verdict, group
         self.own = torch.bincount(self.sequence, minlength=len(mask)) > 0
         self.tokens, self.mask = tokens[self.own], mask[self.own]
 
@@ -203,7 +214,8 @@ class _Text:
         mask = token.mask.cpu()
         student = pack_rows(token.provenance.cpu() == Provenance.STUDENT, mask)
         ended = torch.tensor([reason == "eos" for reason in rollout.stop_reason])
-        return cls(token.tokens.cpu(), mask, student, ended, wide(token.verdict).cpu())
+        verdict, group = wide(token.verdict).cpu(), rollout.group.cpu()
+        return cls(token.tokens.cpu(), mask, student, ended, verdict, group)
 
     def per_sequence(self, values: Float[Tensor, " n"]) -> Float[Tensor, " B"]:
         """The mean of a response's rows; NaN where none is measured."""
@@ -219,6 +231,22 @@ def _of_its_term(name: str, value: Tensor, looks: Mapping[str, Tensor]) -> Tenso
     if name.startswith(OF_TERMS) and label in looks:
         return torch.where(looks[label], value, math.nan)
     return value
+
+
+def _of_one_view(known: dict[str, Tensor], objective: Objective) -> dict[str, Tensor]:
+    """By-products with those of a named view under the plain names, where no view has these.
+
+    The view is the first that a term compares with.
+    """
+    if LOG_RATIO in known:
+        return known
+    views = [t.against for _, t in objective.parts() if objective.reads_its_view(t)]
+    names = [view.removeprefix("teacher.") for view in views if view.startswith("teacher.")]
+    name = next((name for name in names if f"{LOG_RATIO}/{name}" in known), None)
+    if name is None:
+        return known
+    plain = {each: known.get(f"{each}/{name}") for each in (LOG_RATIO, "reverse_kl")}
+    return known | {each: value for each, value in plain.items() if value is not None}
 
 
 def _loss(known: Mapping[str, Tensor]) -> Tensor | None:
@@ -248,7 +276,7 @@ def _by_part(per_row: Mapping[str, Tensor], text: _Text) -> dict[str, Stat]:
     parts = {"": torch.ones_like(text.ends)}
     parts |= {f"/{name}": third == number for number, name in enumerate(THIRDS)}
     right, wrong = OUTCOMES
-    parts |= {f"/{right}": verdict > 0.5, f"/{wrong}": verdict <= 0.5}
+    parts |= {f"/{right}": verdict >= PASS_MARK, f"/{wrong}": verdict < PASS_MARK}
     chosen = torch.stack(list(parts.values())).double().T
     values = torch.stack(list(per_row.values()))
     finite = values.isfinite()
@@ -352,14 +380,33 @@ def _of_outcome(
     if (r := per_row.get("log_ratio")) is not None:
         score = text.per_sequence(r)
         _, outcome = judged(score, text.verdict)
-        right = int((outcome > 0.5).sum())
+        right = int((outcome >= PASS_MARK).sum())
         pairs = right * (len(outcome) - right)
         if pairs:
             found["align_auc"] = Stat(align_auc(score, text.verdict) * pairs, float(pairs))
+        found["align_within"] = _within(score, text)
     if (logp := known.get("student_logp")) is not None:
         sure = text.per_sequence(logp[text.rows]).exp().clamp(max=1.0)
         found["calibration_error"] = Stat(calibration_error(sure, text.verdict), 1.0)
     return found
+
+
+def _within(score: Float[Tensor, " B"], text: _Text) -> Stat:
+    """How well the score ranks the responses of one prompt: of all prompts that have both.
+
+    Responses of one prompt are right or wrong together, as the prompt is easy or hard; so a score
+    that knows no more than that ranks well over all, and here by chance.
+    """
+    known = ~(score.isnan() | text.verdict.isnan())
+    right, wrong = (
+        set(text.group[known & outcome].tolist())
+        for outcome in (text.verdict >= PASS_MARK, text.verdict < PASS_MARK)
+    )
+    each = [
+        align_auc(score[among], text.verdict[among])
+        for among in (text.group == group for group in sorted(right & wrong))
+    ]
+    return Stat(sum(each), float(len(each)))
 
 
 def _here(value: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opd.diagnose.numbers import judged, leading, mean
 from opd.errors import ConfigError, DataError
+from opd.types import PASS_MARK
 
 __all__ = [
     "align_auc",
@@ -32,7 +33,7 @@ PerSequence = Float[Tensor, " B"]
 def align_auc(score: PerSequence, verdict: PerSequence) -> float:
     """How well a score of the response, such as its mean log ratio, tells right from wrong.
 
-    Formula: P(score of a right one > score of a wrong one) + P(equal) / 2; right is verdict > 0.5
+    Formula: P(score of a right one > score of a wrong one) + P(equal) / 2; right is verdict >= 0.5
     Unit: a probability; NaN where all are right, or all wrong
     Reading: 1 the teacher ranks every right response above every wrong one, 0.5 it knows nothing of
         the outcome, below: it prefers what is wrong. A high value says that the teacher ranks whole
@@ -43,7 +44,7 @@ def align_auc(score: PerSequence, verdict: PerSequence) -> float:
         is our own derivation
     """
     known, outcome = judged(score, verdict)
-    right, wrong = known[outcome > 0.5], known[outcome <= 0.5].sort().values
+    right, wrong = known[outcome >= PASS_MARK], known[outcome < PASS_MARK].sort().values
     pairs = len(right) * len(wrong)
     if not pairs:
         return math.nan
@@ -131,7 +132,7 @@ def calibration_error(confidence: PerSequence, verdict: PerSequence, bins: int =
     """By how much the confidence in answers misses how often they are right.
 
     Formula: sum over bins of n_b / n * |share right - mean confidence|, ECE, in bins of equal width
-        on [0, 1], closed on the right; right is verdict > 0.5
+        on [0, 1], closed on the right; right is verdict >= 0.5
     Unit: a difference of probabilities
     Reading: 0 where of answers with confidence c a share c is right. Rising while the loss falls:
         certainty is rewarded, calibrated or not. Of few responses it is above 0 by chance.
@@ -151,7 +152,7 @@ def calibration_error(confidence: PerSequence, verdict: PerSequence, bins: int =
         raise DataError(f"a confidence is a probability in [0, 1], got {worst}")
     inner = torch.arange(1, bins, dtype=torch.float64, device=sure.device) / bins
     bin_of = torch.bucketize(sure, inner)
-    missed = torch.bincount(bin_of, weights=(outcome > 0.5).double() - sure, minlength=bins)
+    missed = torch.bincount(bin_of, weights=(outcome >= PASS_MARK).double() - sure, minlength=bins)
     return float(missed.abs().sum()) / len(sure)
 
 

@@ -22,6 +22,7 @@ from opd.diagnose.outcome import align_auc, outcome_correlation, privilege_gap, 
 from opd.diagnose.signal import negative_mass, negative_share, quantiles
 from opd.diagnose.staleness import log_mismatch
 from opd.diagnose.update import effective_share, top_share
+from opd.types import PASS_MARK
 
 FIT, DOUBTFUL, UNFIT, UNKNOWN = "fit", "doubtful", "unfit", "unknown"
 NOT_APPLICABLE = "not applicable"
@@ -96,7 +97,8 @@ benchmarks/results/probe.json."""
 WARMUP_STEPS = 120
 """That bring the embedded default's student to where its teacher is fit; M, as above."""
 FEW_PROMPTS = 32
-"""Below so many, an interval that straddles a bound says more of the probe than of the run."""
+"""Below so many, an interval that straddles a bound says more of the probe than of the run, and a
+doubtful verdict says so."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,9 @@ def _verdict(criterion: str, readings: list[Reading], lines: list[str]) -> Verdi
     worst = min(known, key=lambda reading: _ORDER.index(reading.status))
     others = [_line(reading) for reading in readings if reading is not worst]
     number, bad = worst.number, worst.status != FIT
+    why = worst.why
+    if worst.status == DOUBTFUL and number.n < FEW_PROMPTS:
+        why += f" (or {number.n} prompts are too few to tell: raise --responses)"
     return Verdict(
         criterion,
         worst.status,
@@ -192,7 +197,7 @@ def _verdict(criterion: str, readings: list[Reading], lines: list[str]) -> Verdi
         worst.meaning,
         (*others, *lines),
         worst.setting if bad else "",
-        worst.why if bad else "",
+        why if bad else "",
         THRESHOLDS[worst.name].origin,
     )
 
@@ -276,7 +281,7 @@ def state_setting(evidence: Evidence) -> tuple[str, str]:
             "with another vocabulary, template or position",
         )
     # where neither solves anything the limit on answers may be to blame, not who knows the text
-    solved = bool((evidence.verdict > 0.5).any()) or not len(on_data)
+    solved = bool((evidence.verdict >= PASS_MARK).any()) or not len(on_data)
     if len(evidence.teacher_verdict) and _gain(evidence).high <= 0 and solved:
         return "teacher.model", "the teacher is no better at the task than the student"
     return "warmup.steps", "the student's states are outside what the teacher knows"
@@ -517,7 +522,7 @@ def _alignment_lines(evidence: Evidence) -> list[str]:
         return ["there is no verifier, so nothing tells right from wrong"]
     found = evidence.mean_of_responses(evidence.verdict)
     lines = [f"accuracy {found.value:.3g} [{found.low:.3g}, {found.high:.3g}] of the student"]
-    if bool((judged > 0.5).all()) or bool((judged <= 0.5).all()):
+    if bool((judged >= PASS_MARK).all()) or bool((judged < PASS_MARK).all()):
         return ["all answers are right, or all wrong, so they cannot be told apart", *lines]
     cosine = evidence.gradient_cosine
     if cosine.known and not _has_a_sign(cosine):
@@ -530,8 +535,8 @@ def _alignment_lines(evidence: Evidence) -> list[str]:
     if "reverse_kl" in evidence.rows:
         distance = evidence.per_response("reverse_kl")
         right, wrong = (
-            float(distance[evidence.verdict > 0.5].nanmean()),
-            float(distance[evidence.verdict <= 0.5].nanmean()),
+            float(distance[evidence.verdict >= PASS_MARK].nanmean()),
+            float(distance[evidence.verdict < PASS_MARK].nanmean()),
         )
         lines.append(f"reverse_kl {right:.3g} nats on right answers, {wrong:.3g} on wrong ones")
     return lines

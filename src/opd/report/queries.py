@@ -1,6 +1,6 @@
 """Questions to the token records of a run, in SQL, and ready-made ones. Imports no torch.
 
-A run is opened in DuckDB as views, read-only: `tokens` are the rows of the part files, with three
+A run is opened in DuckDB as views, read-only: `tokens` are the rows of the part files, with some
 columns more; `steps` the metrics of `events.jsonl`, one a row; `samples` the lines of
 `samples.jsonl`. A question can read these and nothing else.
 """
@@ -21,6 +21,7 @@ from opd.token_columns import METADATA, VERSION, part_files
 ADDED: Mapping[str, str] = MappingProxyType(
     {
         "log_ratio": "teacher_logp - student_logp",
+        "log_ratio__NAME": "of a further teacher: teacher_logp__NAME - student_logp",
         "loss": "sum of the columns loss__TERM",
         "share": "of the responses that are recorded: a sum over all is about sum / share",
     }
@@ -36,11 +37,13 @@ class Answer:
         columns: their names.
         rows: one tuple each.
         more: whether a limit left some out.
+        why_none: of a ready-made query that finds nothing, the reason.
     """
 
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]
     more: bool = False
+    why_none: str = ""
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """One mapping per row."""
@@ -54,10 +57,12 @@ class ReadyMade:
     Attributes:
         summary: one line.
         sql: from the columns of `tokens` and a limit on the rows.
+        reads: of these columns, those of which one must have a number below 0, or any at all.
     """
 
     summary: str
     sql: Callable[[Sequence[str], int], str]
+    reads: Callable[[Sequence[str]], Sequence[str]] = tuple
 
 
 class Records:
@@ -106,11 +111,13 @@ class Records:
         Raises:
             ConfigError: SQL that does not work, or is no query; a run without token records.
         """
-        if question in READY_MADE:
+        ready = READY_MADE.get(question)
+        if ready is not None:
             self._check_tokens()
             if self._database.execute("select 1 from tokens limit 1").fetchone() is None:
                 raise ConfigError(f"{self._folder} has no token in its records yet")
-            question = READY_MADE[question].sql(self._columns_in_use(), limit or MOST_ROWS)
+            in_use = self._columns_in_use()
+            question = ready.sql(in_use, limit or MOST_ROWS)
         import duckdb
 
         try:
@@ -129,7 +136,8 @@ class Records:
                 self._check_tokens()
             raise ConfigError(self._explained(error)) from None
         kept = rows if limit is None else rows[:limit]
-        return Answer(columns, kept, more=len(rows) > len(kept))
+        why = self._why_nothing(ready, in_use) if ready is not None and not rows else ""
+        return Answer(columns, kept, more=len(rows) > len(kept), why_none=why)
 
     # -- views -------------------------------------------------------------------------------
 
@@ -145,8 +153,9 @@ class Records:
         source = f"read_parquet([{files}], union_by_name = true)"
         found = self._database.execute(f"describe select * from {source}").fetchall()
         stored = [row[0] for row in found]
+        further = [name.removeprefix(LOGP) for name in stored if name.startswith(f"{LOGP}__")]
         added = {
-            "log_ratio": ADDED["log_ratio"],
+            **{RATIO + name: f"{LOGP}{name} - student_logp" for name in ("", *further)},
             "loss": _sum_of([name for name in stored if name.startswith("loss__")]),
             "share": told.get("share", "null"),
         }
@@ -155,13 +164,39 @@ class Records:
         self.columns = (*stored, *added)
 
     def _columns_in_use(self) -> list[str]:
-        """The columns, without advantages that distillation has none of: a warm-up has its own."""
+        """The columns without those that distillation has nothing in.
 
-        def is_empty(name: str) -> bool:
-            first = f"select 1 from tokens where {WHERE} and {name} is not null limit 1"
-            return self._database.execute(first).fetchone() is None
+        Of advantages, which a warm-up has of its own, and of log ratios: those to further teachers
+        are in use where there is none to the view `teacher`.
+        """
+        ratios = [name for name in _ratios(self.columns) if self._has(f"{name} is not null")]
+        ratios = [name for name in ratios if name == RATIO] or ratios
+        advantages = [name for name in self.columns if name.startswith("advantage__")]
+        filled = {name for name in advantages if self._has(f"{name} is not null")} | set(ratios)
+        asked = {*advantages, *_ratios(self.columns)}
+        return [name for name in self.columns if name in filled or name not in asked]
 
-        return [c for c in self.columns if not (c.startswith("advantage__") and is_empty(c))]
+    def _has(self, condition: str = "true") -> bool:
+        """Whether the ready-made queries look at a token that is so."""
+        first = f"select 1 from tokens where {WHERE} and {condition} limit 1"
+        return self._database.execute(first).fetchone() is not None
+
+    def _why_nothing(self, ready: ReadyMade, in_use: Sequence[str]) -> str:
+        """Why a ready-made query has no row."""
+        if not self._has():
+            found = self._database.execute("select distinct phase from tokens").fetchall()
+            return (
+                "ready-made queries are about tokens of distillation that a loss may look at, and "
+                "none is recorded; ask in SQL about the phases that are: "
+                f"{', '.join(sorted(row[0] for row in found))}"
+            )
+        reads = ready.reads(in_use)
+        if not reads:
+            return (
+                "no token of this run was compared with a teacher on the token that was sampled: "
+                f"{LOGP} is empty"
+            )
+        return f"nothing is below 0 in {', '.join(reads)}"
 
     def _metadata(self, part: str) -> dict[str, str]:
         rows = self._database.execute(
@@ -283,11 +318,24 @@ WHERE = "phase = 'train' and update = 1 and mask"
 CONTEXT = 12
 """Tokens shown before one of the worst."""
 
+LOGP, RATIO = "teacher_logp", "log_ratio"
+
+
+def _ratios(columns: Sequence[str]) -> list[str]:
+    """The columns of log ratios: to the view `teacher`, and to further ones."""
+    return [name for name in columns if name == RATIO or name.startswith(f"{RATIO}__")]
+
+
+def _signals(columns: Sequence[str]) -> list[str]:
+    """What an update pushes by: advantages, or log ratios where there are none."""
+    return [name for name in columns if name.startswith("advantage__")] or _ratios(columns)
+
 
 def _averaged(columns: Sequence[str]) -> dict[str, str]:
     """What is averaged over a group of tokens, and how it is called."""
     advantages = [name for name in columns if name.startswith("advantage__")]
-    shown = {"log_ratio": "log_ratio", "loss": "loss", "student_entropy": "entropy"}
+    shown = {name: name for name in _ratios(columns) or [RATIO]}
+    shown |= {"loss": "loss", "student_entropy": "entropy"}
     return shown | {name: name for name in advantages}
 
 
@@ -317,28 +365,39 @@ def _titles(columns: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _worst_tokens(columns: Sequence[str], limit: int) -> str:
+    views = [name.removeprefix(RATIO) for name in _ratios(columns)] or [""]
+    teacher = "" if views == [""] else " w.teacher,"
+    of_each = "\n  union all\n".join(
+        f"""\
+  (select step, sequence, position, text, '{view.removeprefix("__")}' as teacher,
+          student_logp, {LOGP}{view} as teacher_logp, {RATIO}{view} as log_ratio, loss
+   from tokens where {WHERE} and {RATIO}{view} is not null
+   order by {RATIO}{view} limit {limit})"""
+        for view in views
+    )
     return f"""\
 with worst as (
-  select step, sequence, position, text, student_logp, teacher_logp, log_ratio, loss
-  from tokens
-  where {WHERE} and log_ratio is not null
-  order by log_ratio limit {limit}
+  select * from (
+{of_each}
+  ) order by log_ratio limit {limit}
+), places as (
+  select distinct step, sequence, position from worst
 ), before as (
   select w.step, w.sequence, w.position, string_agg(t.text, '' order by t.position) as text
-  from worst w join tokens t
+  from places w join tokens t
     on t.step = w.step and t.sequence = w.sequence
    and t.position < w.position and t.position >= w.position - {CONTEXT}
   where t.phase = 'train' and t.update = 1
   group by all
 )
-select w.step, w.sequence, w.position, b.text as before, w.text,
+select w.step, w.sequence, w.position, b.text as before, w.text,{teacher}
        w.student_logp, w.teacher_logp, w.log_ratio, w.loss
 from worst w left join before b using (step, sequence, position)
-order by w.log_ratio, w.step, w.sequence, w.position"""
+order by w.log_ratio, w.step, w.sequence, w.position, w.teacher"""
 
 
 def _negative_mass(columns: Sequence[str], limit: int) -> str:
-    signals = [name for name in columns if name.startswith("advantage__")] or ["log_ratio"]
+    signals = _signals(columns) or [RATIO]
     return "\nunion all\n".join(
         f"""\
 (select '{name}' as signal, token, any_value(text) as text,
@@ -373,11 +432,12 @@ group by token order by tokens desc, token"""
 
 
 def _by_prompt(columns: Sequence[str], limit: int) -> str:
+    ratios = [f"avg({name})" for name in _ratios(columns) or [RATIO]]
     return f"""\
 select prompt_id, avg(verdict) as verdict,
        {_means(columns)}
 from tokens where {WHERE}
-group by prompt_id order by log_ratio nulls last, prompt_id limit {limit}"""
+group by prompt_id order by least({", ".join(ratios)}) nulls last, prompt_id limit {limit}"""
 
 
 def _by_verdict(columns: Sequence[str], limit: int) -> str:
@@ -407,10 +467,12 @@ READY_MADE: Mapping[str, ReadyMade] = MappingProxyType(
         "worst-tokens": ReadyMade(
             "single tokens that the teacher finds least likely beside the student, in context",
             _worst_tokens,
+            _ratios,
         ),
         "negative-mass": ReadyMade(
             "which tokens the negative advantages sit on (without any: log-ratios), with shares",
             _negative_mass,
+            _signals,
         ),
         "by-position": ReadyMade("means by place in the response, in buckets", _by_position),
         "by-id": ReadyMade("means by token, the commonest first", _by_id),

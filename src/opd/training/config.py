@@ -721,6 +721,11 @@ def check_golden(config: RunConfig, source: str) -> None:
                 f"{source}: monitor.golden: {name!r} is no set of evaluate.sets; give it a source "
                 f'there, such as evaluate.sets = {{ {name} = "task:sort" }}. {nearest(name, sets)}'
             )
+    if config.monitor.golden and config.data.verifier == "none":
+        raise ConfigError(
+            f'{source}: monitor.golden names sets to be watched, and data.verifier is "none", so '
+            "nobody says what is right; name a verifier, or leave golden out"
+        )
     if config.monitor.golden and not (config.monitor.on and config.evaluate.every):
         key = "evaluate.every is 0" if config.monitor.on else "monitor.on is false"
         raise ConfigError(
@@ -731,6 +736,11 @@ def check_golden(config: RunConfig, source: str) -> None:
 
 def check_alarms(config: MonitorConfig, source: str) -> None:
     """Refuse an alarm that does not exist, and an action that would never happen."""
+    if not config.on and config.on_alarm != "log":
+        raise ConfigError(
+            f"{source}: monitor.on_alarm is {config.on_alarm!r}, and monitor.on is false, so there "
+            "are no alarms; set one of the two otherwise"
+        )
     if config.act and config.on_alarm != "act":
         raise ConfigError(
             f"{source}: monitor.act says what alarms do, and monitor.on_alarm is "
@@ -754,6 +764,16 @@ def check_alarms(config: MonitorConfig, source: str) -> None:
                     f"{source}: monitor.{key}: {name!r} is no alarm. {nearest(name, known)}"
                 )
     for name in config.act:
+        if not config.every and any("/look/" in metric for metric in known[name].reads):
+            raise ConfigError(
+                f"{source}: monitor.act names {name!r}, which is seen in looks, and monitor.every "
+                "is 0, so none are taken; set every, or leave the alarm out"
+            )
+        if name == "golden_regression" and not config.golden:
+            raise ConfigError(
+                f"{source}: monitor.act names {name!r}, and monitor.golden names no set to watch; "
+                "name one of evaluate.sets there, or leave the alarm out"
+            )
         if name in config.off:
             raise ConfigError(
                 f"{source}: monitor.act and monitor.off both name {name!r}; keep one of the two"

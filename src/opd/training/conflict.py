@@ -13,7 +13,7 @@ Source: `teacher_conflict` among the diagnostics of arXiv:2606.22793.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from types import MappingProxyType
@@ -21,12 +21,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from opd.diagnose.evidence import Estimate, cosine_of_sums
 from opd.errors import TrainingError
 from opd.head import linear_head
 from opd.head.replies import check_reply
 from opd.head.visit import NAMED
 from opd.objective import Method, Objective
-from opd.rollout.pack import with_token
+from opd.rollout.pack import select, with_token
 from opd.student import Student
 from opd.teacher.routed import RoutedTeacher
 from opd.training import step as steps
@@ -131,12 +132,7 @@ def measure(
         contexts: what views with a context read.
     """
     scores = _scores(rivals, batch, objective, plan, contexts)
-    metrics: dict[str, Stat] = {}
-    for one, other in combinations(rivals.teachers, 2):
-        for first, second in ((one, other), (other, one)):
-            kl = _kl(scores[first], scores[second], batch, objective.temperature)
-            if kl is not None:
-                metrics[f"teacher/{first}|{second}/kl"] = kl
+    metrics = _distances(rivals, scores, batch, objective.temperature)
     if objective.critic_term is not None or objective.is_off:
         return metrics
     gradients = {
@@ -148,6 +144,60 @@ def measure(
         if cosine is not None:
             metrics[f"teacher/{one}|{other}/cosine"] = Stat(cosine, 1.0)
     return metrics
+
+
+def measure_over_prompts(
+    rivals: Rivals,
+    student: Student,
+    batch: Batch,
+    objective: Objective,
+    plan: Plan,
+    max_tokens: int,
+    *,
+    flat: Callable[[Mapping[str, Tensor]], Tensor],
+    contexts: Mapping[str, Reading] = MappingProxyType({}),
+) -> tuple[dict[str, Stat], dict[str, Estimate]]:
+    """The `kl` of `measure`, and its `cosine` with an interval over prompts.
+
+    Args:
+        flat: what is kept of a gradient, as one vector.
+    """
+    scores = _scores(rivals, batch, objective, plan, contexts)
+    distances = _distances(rivals, scores, batch, objective.temperature)
+    if objective.critic_term is not None or objective.is_off:
+        return distances, {}
+    groups = batch.token.group.cpu()
+    prompts = [torch.where(groups == group)[0].tolist() for group in groups.unique().tolist()]
+    gradients = {}
+    for name in rivals.teachers:
+        alone = _alone(batch, rivals.views, scores[name])
+        parts = []
+        try:
+            ready = steps.signal(student, alone, objective, plan, max_tokens, fresh=False)
+            for sequences in prompts:
+                part = select(ready, sequences).batch
+                parts.append(flat(_of_ready(student, part, objective, max_tokens)))
+        except TrainingError:  # not finite where this teacher is not the row's own
+            continue
+        gradients[name] = torch.stack(parts)
+    cosines = {
+        f"teacher/{one}|{other}/cosine": cosine_of_sums(gradients[one], gradients[other])
+        for one, other in combinations(gradients, 2)
+    }
+    return distances, {name: found for name, found in cosines.items() if found.known}
+
+
+def _distances(
+    rivals: Rivals, scores: Mapping[str, TeacherScores], batch: Batch, temperature: float
+) -> dict[str, Stat]:
+    """The divergence of every two teachers, both ways."""
+    found: dict[str, Stat] = {}
+    for one, other in combinations(rivals.teachers, 2):
+        for first, second in ((one, other), (other, one)):
+            kl = _kl(scores[first], scores[second], batch, temperature)
+            if kl is not None:
+                found[f"teacher/{first}|{second}/kl"] = kl
+    return found
 
 
 def _scores(
@@ -203,21 +253,33 @@ def _gradient(
 
     Nothing of it stays: the student's gradients are dropped.
     """
-    alone = with_token(batch, views={**batch.token.views, **dict.fromkeys(views, scores)})
-    student.zero_grad(set_to_none=True)
+    alone = _alone(batch, views, scores)
     try:
         ready = steps.signal(student, alone, objective, plan, max_tokens, fresh=False)
-        steps.update(student, ready, objective, max_tokens, step=0)
+        return _of_ready(student, ready, objective, max_tokens)
     except TrainingError:  # not finite where this teacher is not the row's own
         return {}
-    finally:
-        found = {
+
+
+def _alone(batch: Batch, views: Sequence[str], scores: TeacherScores) -> Batch:
+    """The batch with one teacher in every teacher's place."""
+    return with_token(batch, views={**batch.token.views, **dict.fromkeys(views, scores)})
+
+
+def _of_ready(
+    student: Student, ready: Batch, objective: Objective, max_tokens: int
+) -> dict[str, Tensor]:
+    """The gradient of a batch whose coupled quantities are settled; the student keeps nothing."""
+    student.zero_grad(set_to_none=True)
+    try:
+        steps.update(student, ready, objective, max_tokens, step=0)
+        return {
             name: parameter.grad
             for name, parameter in student.trainable().items()
             if parameter.grad is not None
         }
+    finally:
         student.zero_grad(set_to_none=True)
-    return found
 
 
 def _cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float | None:

@@ -35,6 +35,8 @@ def look(
 ) -> dict[str, Stat]:
     """Monitors of the first responses of a step that the student wrote; none where it wrote none.
 
+    Of a response that it wrote in part, its own tokens count.
+
     The view is the method's teacher, as for a probe.
 
     Args:
@@ -43,17 +45,18 @@ def look(
     """
     from opd.training import pilot  # which runs the loop that looks
 
-    own = (batch.token.provenance == Provenance.STUDENT).any(1).nonzero()[:responses, 0].tolist()
+    by_student = batch.token.mask & (batch.token.provenance == Provenance.STUDENT)
+    own = by_student.any(1).nonzero()[:responses, 0].tolist()
     view = pilot.subject(method, plan)
-    part = select(batch, own).batch
-    if not own or not int(part.token.mask.sum()):
+    if not own:
         return {}
+    part = select(batch, own).batch
     text = take(rollout, own)
     if not tells_all(part.token.views, view):
         part = pilot.scored(session, pilot.comparing(method, view, whole=True), text)
     seen = pilot.Pilot(session, pilot.PilotSettings(), method, plan, view, text, part, True, ())
     rows, _ = pilot.row_numbers(seen)
-    return of_look(rows, text.mask, session.student.vocab_size)
+    return of_look(rows, text.mask, text.provenance, session.student.vocab_size)
 
 
 def why_not(session: Session, method: Method, plan: Plan, batch: Batch) -> str | None:

@@ -511,9 +511,12 @@ class _Trainer:
         if not settings.on or phase.name != "train":
             return []
         history = History(**self.progress.history)
+        before = self._golden(self.progress.start.get("sets", {}))
+        history.add({name: stat for name, stat in before.items() if name not in history.seen})
         history.add(metrics)
         self.progress.history = vars(history)
-        return raised(history, settings.off)
+        routed = ("conflicting_teachers",) if self.session.router is not None else ()
+        return raised(history, (*settings.off, *routed))
 
     def _give(self, phase: Phase, given: Sequence[Raised]) -> list[str]:
         """Write and count the alarms of a step, and do what they are to do; those that begin."""
@@ -525,7 +528,7 @@ class _Trainer:
             if alarm.name not in progress.alarms:
                 begun.append(_alarm_in_words(alarm))
                 progress.alarms[alarm.name] = {"first_step": progress.step, "steps": 0}
-                self._act(alarm.name)
+            self._act(alarm.name)
             known = progress.alarms[alarm.name]
             progress.alarms[alarm.name] = known | {"steps": known["steps"] + 1} | told
             if self._does(alarm.name) == "stop":
@@ -538,10 +541,12 @@ class _Trainer:
         return settings.on_alarm if settings.on_alarm != "act" else settings.act.get(name, "log")
 
     def _act(self, name: str) -> None:
-        """What an alarm does once, when it is given for the first time."""
-        if self._does(name) == "lower_rate":
+        """What an alarm does once, when it is given and is to do it."""
+        known = self.progress.alarms[name]
+        if self._does(name) == "lower_rate" and "lowered_at" not in known:
             self.progress.rate *= LOWERED
             step = self.progress.step
+            known["lowered_at"] = step
             self.progress.notes.append(
                 f"the alarm {name} has halved the learning rate after step {step}"
             )
@@ -707,7 +712,6 @@ class _Trainer:
         notes = self._routes_at_start(start, test) if session.router is not None else []
         self.progress.start = start
         golden = self._golden(start["sets"])
-        self._alarms(phase, golden)
         clock.lap("evaluate")
         event: dict[str, Any] = {"phase": phase.name, "step": 0, "evaluation": start}
         if golden:

@@ -64,7 +64,7 @@ class PlanCost:
     """What the run as planned will cost at the rates that the probe saw.
 
     Attributes:
-        seconds: of the whole run, by part.
+        seconds: of the whole run by the clock, by part.
         tokens: response tokens of the distillation.
         wire_bytes: answers of served teachers.
         memory: as `opd check` estimates it, part by part.
@@ -194,7 +194,7 @@ def cost_of_plan(pilot: Pilot, gradients: Gradients, run: Run, warmup_s: float) 
     length = float(pilot.rollout.lengths.float().mean())
     per_answer = {name: spent / answers for name, spent in pilot.seconds.items()}
     own = next((each for each in gradients.neighbours if not each.variable), None)
-    update = own.seconds / gradients.responses if own and gradients.responses else math.nan
+    update = own.wall_seconds / gradients.responses if own and gradients.responses else math.nan
     evaluations = _evaluated(config.evaluate.every, phase.steps)
     evaluated = evaluations * len(session.validation.prompts) + 3 * len(session.test.prompts)
     tokens = phase.steps * per_step * length

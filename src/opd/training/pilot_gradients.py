@@ -70,7 +70,9 @@ class Neighbour:
         objective: its terms.
         cosine: of its gradient with that of the reverse KL over the whole vocabulary; NaN where
             one of them is zero.
-        seconds: CPU-seconds of a step on the frozen batch, without its rollout.
+        seconds: of a step on the frozen batch, without its rollout: CPU-seconds of this process,
+            and the wait for served teachers.
+        wall_seconds: of the same step by the clock, on whatever else the machine does.
         wire_bytes: of a served teacher's answer, per token; NaN of one in this process.
         why_not: why it could not be tried; empty where it was.
         views: what the objective compares with; None: the run's.
@@ -89,10 +91,11 @@ class Neighbour:
     views: tuple[TeacherView, ...] | None = None
     states: StateSource = BY_STUDENT
     seen: float = math.nan
+    wall_seconds: float = math.nan
 
     @property
     def per_second(self) -> float:
-        """Cosine per CPU-second, by which neighbours are ranked; NaN where it was not tried."""
+        """Cosine per second, by which neighbours are ranked; NaN where it was not tried."""
         return self.cosine / self.seconds if self.seconds else math.nan
 
 
@@ -432,12 +435,19 @@ class _Judge:
         self.pilot, self.rollout, self.states = pilot, rollout, states
         self.views = pilot.method.views if views is None else views
         self.student: Student = pilot.session.student
+        self.waited = 0.0
 
     def ready(self, objective: Objective) -> Batch:
-        """The batch of a step, its coupled quantities settled."""
+        """The batch of a step, its coupled quantities settled.
+
+        `waited` is then the time in which this process waited for served teachers.
+        """
         session = self.pilot.session
         method = self._method(objective)
+        started, cpu = time.perf_counter(), time.process_time()
         batch = scored(session, method, self.rollout)
+        wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+        self.waited = max(0.0, wall - cpu) if session.opened.served else 0.0
         if objective.critic_term is not None:
             zero = torch.zeros(batch.token.mask.shape, device=batch.input_ids.device)
             batch = with_token(batch, values=zero, bootstrap_value=zero[:, 0])
@@ -512,20 +522,27 @@ class _Judge:
             select(batch, torch.where(group == prompt)[0].tolist()).batch
             for prompt in range(int(group.max()) + 1)
         ]
-        return torch.stack([_some(self.gradient(objective, part), self.student) for part in parts])
+        return torch.stack(
+            [some_entries(self.gradient(objective, part), self.student) for part in parts]
+        )
 
     def tried(self, neighbour: Neighbour, full: Gradient, whole: float = math.nan) -> Neighbour:
         """With its cosine and its cost, or why it has none."""
-        started = time.process_time()
+        self.waited = 0.0
+        started, cpu = time.perf_counter(), time.process_time()
         try:
             own, stats = self._graded(neighbour.objective)
         except OpdError as error:
             return replace(neighbour, why_not=str(error))
+        if self.pilot.session.device.type == "cuda":
+            torch.cuda.synchronize(self.pilot.session.device)
+        wall, cpu = time.perf_counter() - started, time.process_time() - cpu
         return replace(
             neighbour,
             cosine=cosine(own, full),
             seen=self._seen(neighbour, stats, whole),
-            seconds=time.process_time() - started,
+            seconds=cpu + self.waited,
+            wall_seconds=wall,
             wire_bytes=self._wire(neighbour.objective),
         )
 
@@ -544,7 +561,7 @@ class _Judge:
         drawn, total = [], len(self.rollout.prompt_ids)
         for row in range(total):
             part = select(batch, [row]).batch
-            drawn.append(_some(self.gradient(objective, part), self.student))
+            drawn.append(some_entries(self.gradient(objective, part), self.student))
         gradients = torch.stack(drawn) * total  # of one response, were it the batch
         variance = gradient_variance(gradients)
         mean = float(gradients.double().mean(0).square().sum())
@@ -617,7 +634,7 @@ def _length(gradient: Gradient) -> float:
     return math.sqrt(sum(float(part.double().square().sum()) for part in gradient.values()))
 
 
-def _some(gradient: Gradient, student: Student) -> Tensor:
+def some_entries(gradient: Gradient, student: Student) -> Tensor:
     """Evenly spread entries of a gradient, zeros where a weight has none, scaled to its norm."""
     total = sum(weights.numel() for weights in student.trainable().values())
     every = max(1, math.ceil(total / ENTRIES))

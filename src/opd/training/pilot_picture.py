@@ -13,6 +13,7 @@ from opd.diagnose.profiles import BINS, Profiles
 from opd.training.curves import AMBER, GREY, INK, TEAL
 from opd.training.folder import disk_advice
 from opd.training.pilot_gradients import Gradients
+from opd.types import PASS_MARK
 
 
 def draw_probe(
@@ -141,7 +142,7 @@ def _rescues(axis: Any, evidence: Evidence) -> None:
 
 def _aligned(axis: Any, evidence: Evidence) -> None:
     score = evidence.per_response("log_ratio")
-    right, wrong = evidence.verdict > 0.5, evidence.verdict <= 0.5
+    right, wrong = evidence.verdict >= PASS_MARK, evidence.verdict < PASS_MARK
     for chosen, label, colour in ((right, "right", TEAL), (wrong, "wrong", AMBER)):
         values = score[chosen & score.isfinite()].tolist()
         if values:

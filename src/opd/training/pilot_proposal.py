@@ -100,7 +100,11 @@ def propose(
     by_name = {verdict.criterion: verdict for verdict in verdicts}
     method = pilot.session.phases[-1].method
     objective, of_objective = _objective(pilot, method.objective, by_name, gradients)
-    changes = _unique([*_settings(pilot, by_name, audits, run), *of_objective])
+    audited = {
+        urgent: list(_of_audits(pilot, by_name, audits, urgent=urgent)) for urgent in (True, False)
+    }
+    of_verdicts = _of_verdicts(pilot, by_name, run)
+    changes = _unique([*audited[True], *of_verdicts, *of_objective, *audited[False]])
     proposed = replace(method, objective=objective)
     box = _box(proposed, by_name, gradients)
     return Proposal(changes, box, objective, _toml(proposed, changes, box, run))
@@ -118,15 +122,19 @@ def _unique(changes: Sequence[Change]) -> tuple[Change, ...]:
 # Settings
 
 
-def _settings(
-    pilot: Pilot, by_name: Mapping[str, Verdict], audits: Sequence[Audit], run: Run
+def _of_audits(
+    pilot: Pilot, by_name: Mapping[str, Verdict], audits: Sequence[Audit], *, urgent: bool
 ) -> Iterator[Change]:
-    """The interface first: while tokens mean different things no other number can be trusted."""
+    """The interface: what is urgent first, as no other number can be trusted; the rest last."""
     for audit in audits:
-        if audit.found:
+        if audit.found and audit.urgent == urgent:
             useful = by_name[PRIVILEGE].status == FIT
             value = _mended(pilot, audit, keep_contexts=useful)
             yield Change(audit.setting, value, f"{audit.name}: {audit.message}")
+
+
+def _of_verdicts(pilot: Pilot, by_name: Mapping[str, Verdict], run: Run) -> Iterator[Change]:
+    """What the criteria ask for, the worst first."""
     for status in (UNFIT, DOUBTFUL):
         for name in (STATE, INFORMATION, PRIVILEGE, STABILITY):
             if by_name[name].status == status:
@@ -185,23 +193,19 @@ def _of_verdict(pilot: Pilot, verdict: Verdict, run: Run) -> Iterator[Change]:
 def _objective(
     pilot: Pilot, objective: Objective, by_name: Mapping[str, Verdict], gradients: Gradients
 ) -> tuple[Objective, list[Change]]:
-    """The run's objective with what the evidence asks for, and why."""
-    changes = []
+    """The run's objective with what the evidence asks for, and why: one change for all of it."""
+    reasons = []
     better = _better(gradients)
     if better is not None and not _has_schedules(objective):
         own = _own(gradients)
         objective = better.objective
-        changes.append(
-            Change(
-                "method.objective",
-                objective_to_tree(objective),
-                f"{better.name}: cosine {better.cosine:.2f} at {better.seconds:.2g} CPU-s in "
-                f"place of {own.cosine:.2f} at {own.seconds:.2g}"
-                + (
-                    f"; this run's list sees {own.seen:.0%} of the divergence"
-                    if own.seen < AS_GOOD
-                    else ""
-                ),
+        reasons.append(
+            f"{better.name}: cosine {better.cosine:.2f} at {better.seconds:.2g} CPU-s in "
+            f"place of {own.cosine:.2f} at {own.seconds:.2g}"
+            + (
+                f"; this run's list sees {own.seen:.0%} of the divergence"
+                if own.seen < AS_GOOD
+                else ""
             )
         )
     unroutable = by_name[ROUTABILITY].status == UNFIT
@@ -211,12 +215,15 @@ def _objective(
         follows = isinstance(term, Dense | Sampled) and term.against == pilot.view
         if follows and not aligned and pilot.session.verifier is not None:
             term = replace(term, weights=(*term.weights, Bound.of(weight.correct)))
-            changes.append(Change("method.objective", {}, by_name[ALIGNMENT].why))
+            reasons.append(by_name[ALIGNMENT].why)
         if follows and unroutable and isinstance(term, Dense) and term.tail:
             term = replace(term, support=support.full, tail="")
-            changes.append(Change("method.objective", {}, by_name[ROUTABILITY].why))
+            reasons.append(by_name[ROUTABILITY].why)
         terms.append(term)
-    return Objective(*terms, temperature=objective.temperature), changes
+    proposed = Objective(*terms, temperature=objective.temperature)
+    why = "; ".join(dict.fromkeys(reasons))
+    changes = [Change("method.objective", objective_to_tree(proposed), why)] if reasons else []
+    return proposed, changes
 
 
 def _own(gradients: Gradients) -> Neighbour:

@@ -30,7 +30,7 @@ from opd.training.pilot_gradients import Gradients, measure_gradients
 from opd.training.pilot_interface import Audit, audits
 from opd.training.pilot_picture import draw_probe
 from opd.training.pilot_proposal import Proposal, propose
-from opd.training.pilot_steps import Steps, take_steps
+from opd.training.pilot_steps import Steps, forget_steps, take_steps
 from opd.training.session import Session, open_session
 from opd.types import StateSource, Teacher
 
@@ -75,13 +75,13 @@ def probe(
     say: Callable[[ProbeCost], None] | None = None,
     doing: Doing = nothing,
 ) -> Probe:
-    """Probe a run, and write what was found into a folder.
+    """Probe a run, and write what was found into a folder: before the steps, and again after them.
 
     Nothing is trained but what the run file itself has before distillation, its warm-up, and the
     first steps where they are asked for.
 
     Args:
-        folder: there, and empty or a former probe's.
+        folder: there, and empty or a former probe's, whose own steps are removed for new ones.
         steps: of distillation to take at the end; 0: none.
         teacher: takes the place of the run file's.
         say: is told the cost before anything that costs.
@@ -105,10 +105,6 @@ def probe(
         plan = cost_of_plan(pilot, gradients, run, warmup_s)
     finally:
         session.opened.close()
-    taken = None
-    if steps:
-        student = session.student.loaded
-        taken = take_steps(run, student, evidence, settings, steps, folder, doing)
     found = Probe(
         run,
         pilot,
@@ -121,12 +117,26 @@ def probe(
         gradients,
         cost,
         plan,
-        taken,
+        None,
         time.perf_counter() - started,
         time.process_time() - cpu,
     )
     doing("writing and drawing")
+    if steps and (folder / REPORT).exists():
+        forget_steps(folder)
     _write(found, folder)
+    if not steps:
+        return found
+    # what is known by now stays, however the steps end
+    student = session.student.loaded
+    taken = take_steps(run, student, evidence, settings, steps, folder, doing, teacher)
+    found = replace(
+        found,
+        steps=taken,
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu,
+    )
+    _write_report(found, folder)
     return found
 
 
@@ -187,6 +197,10 @@ def _write(found: Probe, folder: Path) -> None:
     title = f"{found.run.source}: {found.proposal.first}"
     short = title if len(title) < 120 else f"{title[:117]}..."
     draw_probe(folder / PICTURE, found.evidence, found.along, found.maps, found.gradients, short)
+    _write_report(found, folder)
+
+
+def _write_report(found: Probe, folder: Path) -> None:
     report = json.dumps(as_tree(found), indent=2, ensure_ascii=False)
     write_text(folder / REPORT, report + "\n")
 

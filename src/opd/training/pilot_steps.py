@@ -7,6 +7,7 @@ out prompts are answered again.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from opd.training.config import Run
 from opd.training.loop import train_run
 from opd.training.pilot import Doing, PilotSettings, look, nothing, row_numbers
 from opd.training.session import open_session
+from opd.types import PASS_MARK, Teacher
 
 NAME = "steps"
 """Of the run folder, inside the probe's."""
@@ -80,6 +82,12 @@ def moment(evidence: Evidence) -> Moment:
     )
 
 
+def forget_steps(folder: Path) -> None:
+    """Remove the run folder of a former probe, whose folder this is; nothing but a run folder."""
+    if (folder / NAME / "config.toml").is_file():
+        shutil.rmtree(folder / NAME)
+
+
 def take_steps(
     run: Run,
     student: LoadedModel,
@@ -88,12 +96,16 @@ def take_steps(
     count: int,
     folder: Path,
     doing: Doing = nothing,
+    teacher: LoadedModel | Teacher | None = None,
 ) -> Steps:
     """Train `student`, in place, for the first steps of a run; the warm-up is behind it.
+
+    An alarm ends nothing and acts on nothing here: what the steps did is what is asked for.
 
     Args:
         before: what the probe saw of it.
         folder: the probe's; the run folder is made in it.
+        teacher: takes the place of the run file's.
 
     Raises:
         TrainingError: as the loop.
@@ -107,11 +119,12 @@ def take_steps(
             config.evaluate, every=count, teacher=False, privileged=False, sets={}, test_prompts=1
         ),
         log=replace(config.log, trackers=()),
+        monitor=replace(config.monitor, on_alarm="log", act={}, golden=()),
         output=str(folder),
         name=NAME,
     )
     planned = replace(run, config=config)
-    session = open_session(planned, student=student)
+    session = open_session(planned, student=student, teacher=teacher)
     series: dict[str, list[float]] = {name: [] for name in WATCHED}
     scores: list[tuple[float, ...]] = []
     reports = train_run(planned, session=session)
@@ -132,9 +145,9 @@ def take_steps(
         raise TrainingError(f"{count} steps ended without a second evaluation")
     first, last = (torch.tensor(each) for each in (scores[0], scores[-1]))
     judged = session.verifier is not None
-    solved, unsolved = split_delta(first > 0.5, last) if judged else (math.nan, math.nan)
+    solved, unsolved = split_delta(first >= PASS_MARK, last) if judged else (math.nan, math.nan)
     doing("the student answers the same prompts again")
-    again = open_session(planned, student=student)
+    again = open_session(planned, student=student, teacher=teacher)
     pilot = look(again, settings)
     rows, absent = row_numbers(pilot)
     after = replace(

@@ -186,6 +186,11 @@ def _open_session(
     )
     session.rivals = _rivals(session)
     _check_contexts(session)
+    if config.monitor.golden and chosen is None:
+        raise ConfigError(
+            "monitor.golden names sets to be watched, and there is no verifier, so nobody says "
+            "what is right; set data.verifier, or leave golden out"
+        )
     session.held_out = _held_out(session)
     if session.router is not None:
         check_routes(session.router, some_prompts(session.train_prompts))
