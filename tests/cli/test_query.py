@@ -311,12 +311,12 @@ def test_a_ready_made_query_that_finds_nothing_says_why(
         ("negative-mass", "alone"),
         ("worst-tokens", "graded"),
     ):
-        said = why_none(capsys, tmp_path / run, query).replace("\n", " ")
+        said = " ".join(why_none(capsys, tmp_path / run, query).split())
         assert f"{query} finds nothing: no token of this run was compared with a teacher" in said
     assert answer(capsys, tmp_path / "graded", "negative-mass")
     write(tmp_path / "warm", phases=("warmup",))
     for query in READY_MADE:
-        said = why_none(capsys, tmp_path / "warm", query).replace("\n", " ")
+        said = " ".join(why_none(capsys, tmp_path / "warm", query).split())
         assert "tokens of distillation that a loss may look at, and none is recorded" in said
         assert "phases that are: warmup" in said
 
