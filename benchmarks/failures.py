@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from common import command_line, cpu_seconds, one_thread, parser, write_json, write_result
+from opd.diagnose.alarms import History, privilege_leak
 from opd.training.config import Run, load
+from opd.training.folder import RunFolder
 from opd.training.loop import train_run
+from opd.types import Stat
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "failures"
 READER = Path("../../runs/reader/model")
@@ -123,8 +126,20 @@ def measured(
         "start": told["start_accuracy"],
         "end": told["final_accuracy"],
         "reading": reading,
+        "leak": leak(folder) if reading else None,
         "alarms": {alarm: found["first_step"] for alarm, found in told["alarms"].items()},
     }
+
+
+def leak(folder: Path) -> float:
+    """The most by which copying of the context rose, as the alarm `privilege_leak` sees it."""
+    history, values = History(), [0.0]
+    for event in RunFolder(folder).read_events():
+        if event.get("phase") == "train" and "metrics" in event:
+            known = {name: pair for name, pair in event["metrics"].items() if None not in pair}
+            history.add({name: Stat(*pair) for name, pair in known.items()})
+            values.append(privilege_leak(history))
+    return max(value for value in values if value == value)
 
 
 # --------------------------------------------------------------------------------------------

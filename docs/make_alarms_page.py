@@ -30,7 +30,6 @@ responses = 8       # of a step, that a look is at
 on_alarm = "act"    # "log" (the default), "stop" or "act"
 act = { length_inflation = "lower_rate", misaligned_events = "stop" }
 off = ["repetition"]
-golden = ["math"]   # sets of [evaluate.sets] that the student must not unlearn
 ```
 
 `stop` ends the run after a checkpoint, with the `exit_reason` `alarm: NAME`; to go on all the same,
@@ -39,8 +38,17 @@ else: `lower_rate` halves the learning rate for the rest of the phase, once for 
 is a line of `events.jsonl` at every step at which it is given, a line on the screen when it begins,
 and an entry of `summary.json` that says what to do.
 
-The sets of `golden` are measured before the first step and at every evaluation, as
-`golden/NAME/accuracy`; `golden_regression` tells when one falls by more than chance explains.
+Sets that the student must not unlearn are measured before the first step and at every evaluation,
+as `golden/NAME/accuracy`; `golden_regression` tells when one falls by more than chance explains:
+
+```toml
+[evaluate]
+every = 50
+sets = { sums = "task:add" }
+
+[monitor]
+golden = ["sums"]
+```
 
 Alarms are about the distillation, not the warm-up. A rule looks at five steps together, or at two
 looks, so an alarm comes after a few steps, not at the first odd batch.

@@ -166,15 +166,16 @@ def measure_over_prompts(
     distances = _distances(rivals, scores, batch, objective.temperature)
     if objective.critic_term is not None or objective.is_off:
         return distances, {}
-    groups = batch.token.group.cpu()
-    prompts = [torch.where(groups == group)[0].tolist() for group in groups.unique().tolist()]
+    members: dict[int, list[int]] = {}
+    for sequence, group in enumerate(batch.token.group.tolist()):
+        members.setdefault(group, []).append(sequence)
     gradients = {}
     for name in rivals.teachers:
         alone = _alone(batch, rivals.views, scores[name])
         parts = []
         try:
             ready = steps.signal(student, alone, objective, plan, max_tokens, fresh=False)
-            for sequences in prompts:
+            for sequences in members.values():
                 part = select(ready, sequences).batch
                 parts.append(flat(_of_ready(student, part, objective, max_tokens)))
         except TrainingError:  # not finite where this teacher is not the row's own

@@ -126,7 +126,11 @@ def _neighbours(axis: Any, gradients: Gradients) -> None:
         seconds = [each.seconds for each in shown]
         axis.set_xlim(0.9 * min(seconds), min(seconds) + 2.2 * (max(seconds) - min(seconds)) + 1e-9)
         axis.set_ylim(top=1.1)
-    _titled(axis, "gradient against that of the full reverse KL", "CPU-seconds of a step")
+    _titled(
+        axis,
+        "gradient against that of the full reverse KL",
+        "CPU-seconds of a step, and its waiting",
+    )
 
 
 def _rescues(axis: Any, evidence: Evidence) -> None:
