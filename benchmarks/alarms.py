@@ -300,7 +300,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in faults:
         also = ", ".join(f"`{name}` {count}" for name, count in row["others"].items())
-        name = row["case"].partition(",")[0]
+        name = row["case"].removesuffix(", others")
         lines.append(
             f"| {name} | {row['runs']} | {row['named']} | {row['first_step'] or '-'} | {also} |"
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import command_line, cpu_seconds, one_thread, parser, write_json, write_result
-from opd.diagnose.alarms import History, privilege_leak
+from opd.diagnose.alarms import History, privilege_leak, raised
 from opd.training.config import Run, load
 from opd.training.folder import RunFolder
 from opd.training.loop import train_run
@@ -117,6 +117,7 @@ def measured(
     told = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     taken = cpu_seconds() - started
     print(f"{name:28} seed {seed}  {taken:.0f} CPU-s", flush=True)
+    alarms, copied = replayed(folder)
     reading = told["privilege"]["start"].get("teacher.told", {}).get("reading")
     return {
         "case": f"{pair.name}, seed {seed}",
@@ -126,20 +127,24 @@ def measured(
         "start": told["start_accuracy"],
         "end": told["final_accuracy"],
         "reading": reading,
-        "leak": leak(folder) if reading else None,
-        "alarms": {alarm: found["first_step"] for alarm, found in told["alarms"].items()},
+        "copied": copied if reading else None,
+        "alarms": alarms,
     }
 
 
-def leak(folder: Path) -> float:
-    """The most by which copying of the context rose, as the alarm `privilege_leak` sees it."""
-    history, values = History(), [0.0]
+def replayed(folder: Path) -> tuple[dict[str, int], float]:
+    """The alarms of a run by the thresholds of now, with the first step of each, and the most by
+    which copying of a context rose as `privilege_leak` sees it."""
+    history, first, copied = History(), dict[str, int](), 0.0
     for event in RunFolder(folder).read_events():
-        if event.get("phase") == "train" and "metrics" in event:
-            known = {name: pair for name, pair in event["metrics"].items() if None not in pair}
-            history.add({name: Stat(*pair) for name, pair in known.items()})
-            values.append(privilege_leak(history))
-    return max(value for value in values if value == value)
+        if event.get("phase") != "train" or "metrics" not in event:
+            continue
+        known = {name: pair for name, pair in event["metrics"].items() if None not in pair}
+        history.add({name: Stat(*pair) for name, pair in known.items()})
+        for alarm in raised(history):
+            first.setdefault(alarm.name, event["step"])
+        copied = max(copied, privilege_leak(history))  # not taken where it is NaN
+    return first, copied
 
 
 # --------------------------------------------------------------------------------------------

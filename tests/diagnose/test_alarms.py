@@ -23,6 +23,7 @@ from tests.test_docs import module_from
 ROOT = Path(__file__).parents[2]
 LOOK = "monitor/look/"
 MEASURED = "benchmarks/results/alarms.json"
+HELPED = "benchmarks/results/failures.json"
 
 
 def history(steps: Sequence[Mapping[str, float]]) -> History:
@@ -75,8 +76,8 @@ CASES: dict[str, tuple[list[dict[str, float]], list[dict[str, float]]]] = {
     ),
     "noise_teacher": ([{LOOK + "teacher_spread": 0.52}] * 2, [{LOOK + "teacher_spread": 0.50}] * 2),
     "privilege_leak": (
-        steady(5, teacher__hint__copied=0.5) + steady(5, teacher__hint__copied=0.71),
-        steady(5, teacher__hint__copied=0.5) + steady(5, teacher__hint__copied=0.69),
+        steady(5, teacher__hint__copied=0.5) + steady(5, teacher__hint__copied=0.68),
+        steady(5, teacher__hint__copied=0.5) + steady(5, teacher__hint__copied=0.66),
     ),
     "stale_sampler": (
         steady(5, monitor__kl_from_samples=0.32),
@@ -273,6 +274,10 @@ def test_measured_thresholds_are_halfway_between_healthy_runs_and_faults() -> No
             continue
         assert MEASURED in origin, name
         row = rows[name]
+        if name == "privilege_leak":  # no short healthy run has a hint
+            helped = json.loads((ROOT / HELPED).read_text(encoding="utf-8"))["rows"]
+            healthy = max(r["copied"] for r in helped if r["copied"] and r["system"] == "fixed")
+            row |= {"healthy": healthy, "halfway": (healthy + row["faults"]) / 2}
         assert threshold == float(f"{row['halfway']:.2g}"), name
         ends = (row["healthy"], threshold, row["faults"])
         assert sorted(ends, reverse=side == "below") == list(ends), name

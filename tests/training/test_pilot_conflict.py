@@ -97,11 +97,21 @@ def test_teachers_that_pull_apart_are_named_where_they_share_rows_and_not_where_
     assert "a route is set" in routed.message
 
 
-def test_a_cosine_that_is_not_told_apart_from_0_is_no_conflict(tmp_path: Path) -> None:
-    """Six prompts of two tasks: the mean is negative, its interval reaches above 0."""
+def test_teachers_that_say_wholly_different_things_are_named_whatever_their_gradients(
+    tmp_path: Path,
+) -> None:
+    """Six prompts of two tasks: the interval of the cosine reaches above 0."""
     warmed = {"warmup": {"steps": 100, "learning_rate": 3e-3, "prompts_per_step": 16}}
     run = tiny_run(tmp_path, SHARED, both(), warmed)
     student = warm_up(open_session(quiet(run, str(tmp_path / "quiet"))))
     found = conflict(look(open_session(run, student=student), SMALL))
-    assert found.numbers["teacher/teacher|add/cosine"] < 0
+    assert found.found
+    assert "an average is neither" in found.message
+    assert found.numbers["teacher/teacher|add/kl"] > 5
+
+
+def test_teachers_that_agree_are_no_conflict(tmp_path: Path) -> None:
+    twins = {"teachers": {"add": {"model": "builtin:sort-teacher"}}}
+    found = conflict(look(open_session(tiny_run(tmp_path, SHARED, both(), twins)), SMALL))
+    assert found.numbers["teacher/teacher|add/kl"] == pytest.approx(0.0, abs=1e-6)
     assert not found.found

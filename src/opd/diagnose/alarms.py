@@ -430,7 +430,12 @@ THRESHOLDS: Mapping[str, tuple[str, float, str]] = {
         0.51,
         "halfway of healthy 0.053, faults 0.97; M, benchmarks/results/alarms.json",
     ),
-    "privilege_leak": ("above", 0.2, "PLACE"),
+    "privilege_leak": (
+        "above",
+        0.17,
+        "halfway of a hint that helps 0.076, faults 0.25; M, benchmarks/results/failures.json and "
+        "benchmarks/results/alarms.json",
+    ),
     "stale_sampler": (
         "above",
         0.31,

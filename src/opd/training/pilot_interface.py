@@ -29,6 +29,10 @@ from opd.training.pilot_gradients import Gradients, some_entries
 from opd.training.teachers import Served
 from opd.types import Prompt, with_parts
 
+APART = 2.5
+"""Nats between two teachers of the same rows beyond which an average of them is neither: what is
+too much for a student to learn from one of them (`marginal_info`); of two tasks they are 9 and
+more, benchmarks/results/two_teachers.json."""
 ENGINE_NOISE = 1e-3
 """Nats between sampler and learner: the built-in sampler in float32 has 2e-7 to 1e-6, and what is
 above this is no rounding of that precision; M, benchmarks/results/probe.json."""
@@ -380,7 +384,8 @@ def _own_teacher(gradients: Gradients) -> Iterator[Audit]:
 
 
 def _conflict(pilot: Pilot) -> Iterator[Audit]:
-    """Whether several teachers of the same rows pull apart, by the interval of their cosine."""
+    """Whether several teachers of the same rows pull apart: their gradients, by the interval of the
+    cosine, or what they say, by far."""
     session = pilot.session
     if session.rivals is None:
         return
@@ -413,10 +418,13 @@ def _conflict(pilot: Pilot) -> Iterator[Audit]:
         ),
     ]
     routed = session.router is not None
-    against = not routed and any(found.high < 0 for found in cosines.values())
+    opposed = any(found.high < 0 for found in cosines.values())
+    apart = any(stat.mean > APART for stat in distances.values())
+    against = not routed and (opposed or apart)
     said = ""
     if against:
-        said = "; what one teaches another takes back: route them"
+        why = "what one teaches another takes back" if opposed else "an average is neither"
+        said = f"; {why}: route them"
     elif routed:
         said = "; a route is set, so no row has two teachers: this is what an average would do"
     yield Audit(
