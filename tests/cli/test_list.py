@@ -79,7 +79,7 @@ def test_alarms_have_the_keys_that_programs_read(capsys: pytest.CaptureFixture[s
     assert {row["name"] for row in found} == set(alarms())
     stale = next(row for row in found if row["name"] == "stale_sampler")
     assert stale["reads"] == ["monitor/kl_from_samples"]
-    assert (stale["side"], stale["threshold"]) == ("above", 0.3)
+    assert (stale["side"], stale["threshold"]) == ("above", 0.31)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ PIECES = ((2, 8), (2, 8), (8, 32), (32, 64))
 as long as the last was done in no time."""
 NO_TIME_S = 0.5
 """Seconds of a piece after which a larger one would cost too much."""
-GRADIENTS = 26
+GRADIENTS = 27
 """Forward and backward passes over the frozen batch: neighbours, credits, the verifier."""
 BACKWARD = 3
 """Forward passes that a forward and a backward one are worth."""

@@ -152,6 +152,9 @@ def measure_gradients(pilot: Pilot, doing: Doing = nothing) -> Gradients:
     for each in neighbours(pilot):
         doing(f"the gradient of {each.name}")
         found.append(_tried(pilot, frozen, each, full, whole))
+    # all are held to the run's own time, which comes first and so is often slow
+    again = _tried(pilot, frozen, found[0], full, whole)
+    found[0] = min(found[0], again, key=lambda each: each.seconds)
     own = judge.gradient(pilot.method.objective)
     verifier = Estimate()
     if pilot.session.verifier is not None:
