@@ -353,7 +353,7 @@ def gradient_concentration(history: History) -> float:
     Mechanism: gradient concentration: outlier log ratios drown what all other tokens say
     Rule: share of the push that the largest 1 % of the tokens hold, over five steps
     Action: a bounded reward (`clipped_log_ratio`, `soft_log_ratio`, `tanh_log_ratio`), a mixed
-        divergence, no update on the tokens in question; `opd query RUN worst` shows them
+        divergence, no update on the tokens in question; `opd query RUN worst-tokens` shows them
     Source: gradient concentration and routability, Table 7 of arXiv:2606.22793; arXiv:2603.11137
     """
     return history.now("monitor/top_share")
