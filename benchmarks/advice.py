@@ -34,7 +34,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common import command_line, cpu_seconds, one_thread, parser, write_json, write_result
+from common import add_part, cpu_seconds, in_part, one_thread, parser, write_asked
 from opd.errors import OpdError
 from opd.models import LoadedModel
 from opd.training.config import DEFAULT_FILE, Run, from_tree, overridden, read_toml
@@ -438,7 +438,7 @@ def _words(score: Mapping[str, Any]) -> str:
 
 def main() -> None:
     words = parser("Does following the first proposal of a probe raise the accuracy?")
-    words.add_argument("--part", default="1/1", help="of the runs: 1/2 on one of two cores")
+    add_part(words)
     words.add_argument("--only", action="append", default=[], help="a case; several times")
     options = words.parse_args()
     one_thread()
@@ -447,10 +447,9 @@ def main() -> None:
         if name not in known:
             words.error(f"--only {name!r} is no case; there are {', '.join(map(repr, known))}")
     names = [name for name in known if not options.only or name in options.only]
-    part, parts = map(int, options.part.split("/"))
     if not options.quick:
         by_name = {case.name: case for case in CASES}
-        for number, name in list(enumerate(names, 1))[part - 1 :: parts]:
+        for number, name in in_part(list(enumerate(names, 1)), options):
             if file_of(name).exists():
                 continue
             task = name.removeprefix("healthy ")
@@ -459,10 +458,7 @@ def main() -> None:
             print(f"{number}/{len(names)}  {name}  {cpu_seconds() - start:.0f} CPU-s", flush=True)
     table = scored(list(kept(names)))
     show(table)
-    if options.json:
-        write_json(table, options.json)
-    if options.result:
-        write_result(options.result, table, command_line())
+    write_asked(table, options)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alarm_worlds import FAULTS, HEALTHY, Changes, World, merged
-from common import command_line, cpu_seconds, one_thread, parser, write_json, write_result
+from common import add_part, cpu_seconds, in_part, one_thread, parser, write_asked
 from opd.diagnose.alarms import THRESHOLDS, History, raised
 from opd.training.config import Run, from_tree
 from opd.training.loop import train_run
@@ -245,15 +245,14 @@ def _all(runs: Sequence[Planned], name: str, chosen: Any) -> list[float]:
 def main() -> None:
     words = parser("Which faults the alarms name, and whether healthy runs are silent.")
     words.add_argument("--seeds", type=int, default=20, help="at most so many of each group")
-    words.add_argument("--part", default="1/1", help="of the runs: 1/2 on one of two cores")
+    add_part(words)
     words.add_argument("--only", action="append", default=[], help="a world; several times")
     options = words.parse_args()
     one_thread()
     plans = list(planned(options.seeds, options.only))
-    part, parts = map(int, options.part.split("/"))
     if not options.quick:
         with tempfile.TemporaryDirectory() as warm:
-            for number, plan in list(enumerate(plans, 1))[part - 1 :: parts]:
+            for number, plan in in_part(list(enumerate(plans, 1)), options):
                 if plan.file.exists():
                     continue
                 start = cpu_seconds()
@@ -263,10 +262,7 @@ def main() -> None:
     plans = [plan for plan in plans if plan.file.exists()]
     table = scored(plans)
     show(table)
-    if options.json:
-        write_json(table, options.json)
-    if options.result:
-        write_result(options.result, table, command_line())
+    write_asked(table, options)
 
 
 def scored(plans: Sequence[Planned]) -> list[dict[str, Any]]:

@@ -23,19 +23,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median_low
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 __all__ = [
     "Measure",
     "Options",
     "Row",
+    "add_part",
     "command_line",
     "compare",
     "cpu_seconds",
     "gradient_error",
+    "in_part",
     "interleaved",
     "measured_matrix_rate",
     "one_thread",
@@ -44,6 +48,7 @@ __all__ = [
     "print_table",
     "provenance",
     "report",
+    "write_asked",
     "write_json",
     "write_result",
 ]
@@ -324,10 +329,28 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> Options:
 def report(rows: Sequence[Row], options: Options) -> None:
     """Prints the table and writes the files that were asked for."""
     print_table(rows)
+    write_asked(rows, options)
+
+
+def write_asked(
+    rows: Sequence[Row | Mapping[str, Any]], options: Options | argparse.Namespace
+) -> None:
+    """Writes the files that were asked for."""
     if options.json:
         write_json(rows, options.json)
     if options.result:
         write_result(options.result, rows, command_line())
+
+
+def add_part(arguments: argparse.ArgumentParser) -> None:
+    """The argument that `in_part` reads."""
+    arguments.add_argument("--part", default="1/1", help="of the runs: 1/2 on one of two cores")
+
+
+def in_part(runs: Sequence[T], options: argparse.Namespace) -> Sequence[T]:
+    """The runs of the part that was asked for: of `1/2` the first, the third and so on."""
+    part, parts = map(int, options.part.split("/"))
+    return runs[part - 1 :: parts]
 
 
 def command_line() -> str:

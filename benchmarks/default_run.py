@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import command_line, parser, write_json, write_result
+from common import parser, write_asked
 
 ARMS = ("reverse_kl_opd", "offpolicy_kd", "sft_on_teacher")
 
@@ -92,10 +92,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(lambda job: run_arm(job[0], job[1], options.output, extra), jobs))
     print("\n" + table(rows))
-    if options.json:
-        write_json(rows, options.json)
-    if options.result:
-        write_result(options.result, rows, command_line())
+    write_asked(rows, options)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import command_line, cpu_seconds, one_thread, parser, write_json, write_result
+from common import add_part, cpu_seconds, in_part, one_thread, parser, write_asked
 from opd.diagnose.alarms import History, privilege_leak, raised
 from opd.training.config import Run, load
 from opd.training.folder import RunFolder
@@ -189,9 +189,7 @@ def main() -> None:
     arguments = parser("Failures of the survey's Table 6, and what mends them.")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     arguments.add_argument("--only", action="append", default=[], help="a pair; several times")
-    arguments.add_argument(
-        "--part", default="1/1", help="of the runs, such as 1/2 on one of two cores"
-    )
+    add_part(arguments)
     arguments.add_argument("--output", type=Path, default=Path("runs/failures"))
     options = arguments.parse_args()
     one_thread()
@@ -199,7 +197,6 @@ def main() -> None:
     if options.quick:
         options.seeds, options.output = [0], options.output / "quick"
         extra = ["--train.steps", "5", "--evaluate.test_prompts", "64"]
-    part, parts = map(int, options.part.split("/"))
     pairs = [pair for pair in PAIRS if not options.only or pair.name in options.only]
     runs = [
         (pair, name, seed)
@@ -209,13 +206,10 @@ def main() -> None:
     ]
     rows = [
         measured(pair, name, seed, options.output, extra)
-        for pair, name, seed in runs[part - 1 :: parts]
+        for pair, name, seed in in_part(runs, options)
     ]
     print("\n" + table(rows))
-    if options.json:
-        write_json(rows, options.json)
-    if options.result:
-        write_result(options.result, rows, command_line())
+    write_asked(rows, options)
 
 
 if __name__ == "__main__":

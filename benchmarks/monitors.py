@@ -19,14 +19,12 @@ from unittest import mock
 from common import (
     Measure,
     Row,
-    command_line,
     cpu_seconds,
     interleaved,
     one_thread,
     parser,
     print_table,
-    write_json,
-    write_result,
+    write_asked,
 )
 from opd.diagnose import monitors
 from opd.diagnose.records import Gathered
@@ -109,10 +107,7 @@ def main() -> None:
     print_table(Row(**{k: v for k, v in row.items() if k in known}) for row in table)
     shares = [row["share_of_steps"] for row in table if row["share_of_steps"]]
     print(f"inside of what the monitors need: {median(shares):.2%} of the steps (at most 5 %)")
-    if options.json:
-        write_json(table, options.json)
-    if options.result:
-        write_result(options.result, table, command_line())
+    write_asked(table, options)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,11 @@ from torch import Tensor
 
 from common import (
     Row,
-    command_line,
     cpu_seconds,
     one_thread,
     parser,
     print_table,
-    write_json,
-    write_result,
+    write_asked,
 )
 from opd.diagnose.records import Gathered, TokenRecords
 from opd.formula import credit, divergence, reward
@@ -202,10 +200,7 @@ def main() -> None:
     for row in table:
         if "share_of_run" in row:
             print(f"{row['case']}: {row['share_of_run']:.2%} of {row['run_seconds']:.1f} CPU-s")
-    if options.json:
-        write_json(table, options.json)
-    if options.result:
-        write_result(options.result, table, command_line())
+    write_asked(table, options)
 
 
 if __name__ == "__main__":

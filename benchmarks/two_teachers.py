@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import command_line, parser, write_json, write_result
+from common import parser, write_asked
 
 ARMS = ("right_routing", "wrong_routing")
 RECIPES = Path(__file__).parents[1] / "recipes" / "several_teachers"
@@ -90,10 +90,7 @@ def main() -> None:
         for row in run_arm(arm, seed, options.output, extra)
     ]
     print("\n" + table(rows))
-    if options.json:
-        write_json(rows, options.json)
-    if options.result:
-        write_result(options.result, rows, command_line())
+    write_asked(rows, options)
 
 
 if __name__ == "__main__":
